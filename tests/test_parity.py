@@ -1,0 +1,128 @@
+"""Copies are identical or differ on purpose; documented commands parse; the scripts stay small."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+# What bears the same name and differs on purpose, and why.
+DIFFERENT = {
+    "update": "the method itself",
+    "load_model": "pre-training needs encoder and decoder, fine-tuning the encoder and a new linear layer",
+    "Args": "compared field by field below",
+    "RECIPES": "each stage has its own set-up",
+    "encode": "images and texts, of one name so that the two halves read alike",
+    "encode_all": "images and texts",
+    "--dataset": "each half has its embedded default and its examples",
+    "--steps": "the help says whether it is of a round, and that fine-tuning on texts has epochs",
+    "--epochs": "the help says whether it is of a round, and that fine-tuning on images has steps",
+    "--teacher": "the script that makes one",
+}
+
+
+def tree(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def top_level(name):
+    """{name: source} of functions, classes and constants."""
+    found = {}
+    for node in tree(name).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = ast.dump(node)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.dump(node)
+    return found
+
+
+def flags(name):
+    """[(field, type, default, help)] of Args, in order."""
+    body = next(node.body for node in tree(name).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    assert all(isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) for a, b in zip(body[::2], body[1::2], strict=True))
+    return [(a.target.id, ast.unparse(a.annotation), a.value and ast.unparse(a.value), b.value.value)
+            for a, b in zip(body[::2], body[1::2], strict=True)]  # fmt: skip
+
+
+def test_copies_of_functions_and_tables_are_identical():
+    forms = {}
+    for script in SCRIPTS:
+        for name, source in top_level(script).items():
+            forms.setdefault(name, {}).setdefault(source, []).append(script)
+    drifted = {name: list(groups.values()) for name, groups in forms.items() if len(groups) > 1 and name not in DIFFERENT}
+    assert not drifted
+    assert sum(len(scripts) > 1 for groups in forms.values() for scripts in groups.values()) >= 12  # it did compare something
+
+
+def test_shared_flags_are_identical_and_come_first():
+    forms = {}
+    for script in SCRIPTS:
+        for field, *rest in flags(script):
+            forms.setdefault(field, set()).add(tuple(rest))
+    assert {f"--{field}" for field, kinds in forms.items() if len(kinds) > 1} <= set(DIFFERENT)
+    shared = [field for field, *_ in flags(SCRIPTS[0])][:18]
+    assert shared[-1] == "label_column"
+    for script in SCRIPTS:
+        assert [field for field, *_ in flags(script)][:18] == shared
+
+
+@pytest.mark.parametrize("kind", ["vit", "roberta"])
+def test_the_diff_of_siblings_is_the_method(kind):
+    names = [f"further_pretrain_{kind}.py", f"self_distill_{kind}.py"]
+    if not all((ROOT / name).exists() for name in names):
+        pytest.skip(f"no {kind} scripts")
+    done = subprocess.run(["diff", *names], capture_output=True, text=True, cwd=ROOT)
+    assert 0 < sum(line[0] in "<>" for line in done.stdout.splitlines()) < 100
+
+
+def commands(path):
+    """Command lines of scripts in the code blocks and docstrings of a file."""
+    text = (ROOT / path).read_text()
+    return re.findall(r"^ *(?:\S*python\d?) ((?:\w+/)?\w+\.py[^\n#|]*)", text, re.MULTILINE)
+
+
+DOCUMENTS = ["README.md", *(f"{s}.py" for s in SCRIPTS), *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_documented_commands_parse(path, script, hub):
+    found = commands(path)
+    assert found or not path.endswith(".py")
+    import tyro
+
+    for command in found:
+        name, *arguments = shlex.split(command)
+        assert (ROOT / name).exists(), command
+        if name.removesuffix(".py") in SCRIPTS:
+            tyro.cli(script(name.removesuffix(".py")).Args, args=arguments)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_every_flag(name, run):
+    shown = run(name, "--help").stdout
+    for field, *_ in flags(name):
+        assert f"--{field.replace('_', '-')}" in shown
+
+
+def test_tags_in_the_readme_are_the_tags_in_the_scripts():
+    written = set()
+    for name in SCRIPTS:
+        written |= set(re.findall(r"\"((?:losses|charts|eval)/\w+)\"", (ROOT / f"{name}.py").read_text()))
+    documented = set(re.findall(r"`((?:losses|charts|eval)/\w+)`", (ROOT / "README.md").read_text()))
+    assert written <= documented
+
+
+def test_nothing_runs_code_from_a_download():
+    for name in SCRIPTS:
+        text = (ROOT / f"{name}.py").read_text()
+        assert "trust_remote_code" not in text and "pickle" not in text and "weights_only=False" not in text
+        assert len(re.findall(r"torch\.load\(", text)) == len(re.findall(r"torch\.load\([^\n]*weights_only=True", text)) == 1
+        assert len(re.findall(r"\w*For\w+\.from_pretrained\(", text)) == text.count("use_safetensors=True") > 0
+
+
+def test_python_is_recent():
+    assert sys.version_info >= (3, 10)

@@ -1,0 +1,485 @@
+"""The image half: the method against slow versions written here, each script as a process, hand-offs, faults."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+TINY = ROOT / "pretrained/vit-mae-tiny"
+SMALL = ("--batch-size", 16, "--max-train-samples", 200, "--log-every", 1, "--eval-every", 0)
+FP32 = torch.autocast("cpu", enabled=False)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def sd(script):
+    return script("self_distill_vit")
+
+
+@pytest.fixture(scope="module")
+def fp(script):
+    return script("further_pretrain_vit")
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 64, 64, generator=generator), torch.rand(4, 64, generator=generator)
+
+
+def tiny(module, moved=0.0):
+    """The embedded model, with some noise on its weights where `moved`."""
+    model, _ = module.load_model(str(TINY), 0.75)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data += moved * torch.randn_like(p) * p.requires_grad
+    return model.train()
+
+
+def slow_reconstruction(logits, pixels, noise, patch=8):
+    """Masked auto-encoding loss, patch by patch: logits (B, L, 3 * patch ** 2) against normalised pixels of hidden patches."""
+    errors = []
+    for b in range(len(pixels)):
+        hidden = noise[b].argsort()[len(noise[b]) // 4 :]  # the quarter with the lowest noise is seen
+        for i in hidden.tolist():
+            row, column = divmod(i, pixels.shape[-1] // patch)
+            block = pixels[b, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            target = block.permute(1, 2, 0).flatten()  # pixel by pixel, colours last
+            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+            errors.append((logits[b, i] - target).pow(2).mean())
+    return torch.stack(errors).mean()
+
+
+# ------------------------------------------------------------------------------------------------ the method
+def test_reconstruction_is_the_librarys_and_the_slow_versions(fp, batch):
+    pixels, noise = batch
+    model = tiny(fp)
+    out = model(pixels, noise=noise)
+    assert out.mask.sum() == 4 * 48  # 75 % of 64 patches
+    optimizer, scheduler = fp.optimizer_and_schedule(model, fp.Args(learning_rate=0.0, warmup_ratio=0.0), 1, (0.9, 0.95))
+    losses = fp.update(model, optimizer, scheduler, pixels, noise, FP32)
+    assert losses["losses/reconstruction"] == out.loss == losses["losses/total"]
+    torch.testing.assert_close(out.loss, slow_reconstruction(out.logits, pixels, noise))
+
+
+def test_whole_image_encoding_is_vitmodels(sd, batch):
+    from transformers import ViTModel
+
+    vit = ViTModel.from_pretrained(TINY, add_pooling_layer=False).float().eval()
+    model = tiny(sd).eval()
+    torch.testing.assert_close(sd.encode(model.vit, batch[0]), vit(batch[0]).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
+    assert model.config.mask_ratio == 0.75  # put back: the next forward masks again
+    assert model(batch[0], noise=batch[1]).mask.sum() == 4 * 48
+
+
+def test_gradients_are_those_of_two_backward_passes_with_a_live_teacher(sd, batch):
+    """As in the authors' code: loss by loss, the teacher run at the step. Ours sums the losses, its teacher is a constant."""
+    pixels, noise = batch
+    student, slow, teacher = tiny(sd), tiny(sd), tiny(sd, moved=0.01).eval()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    images = [(p * 50 + 128).clamp(0, 255).byte().numpy() for p in pixels]
+    norm = torch.zeros(2, 3, 1, 1) + torch.tensor([0.5, 0.25]).view(2, 1, 1, 1)
+    pixels = sd.take(images, np.arange(4), norm)
+    constants = sd.encode_all(teacher.vit, images, 4, norm, FP32)
+
+    args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0, reconstruction_coef=0.5, distill_coef=2.0)
+    optimizer, scheduler = sd.optimizer_and_schedule(student, args, 10, (0.9, 0.95))
+    optimizer.zero_grad = lambda: None  # keep the gradients to look at
+    losses = sd.update(student, optimizer, scheduler, pixels, noise, FP32, constants, args)
+
+    (0.5 * slow(pixels, noise=noise).loss).backward()
+    in_order = torch.arange(64).repeat(4, 1)
+    slow.config.mask_ratio = 0.0
+    cls = slow.vit(pixels, noise=in_order).last_hidden_state[:, 0]
+    with torch.no_grad():
+        teacher.config.mask_ratio = 0.0
+        target = teacher.vit(pixels, noise=in_order).last_hidden_state[:, 0]
+    distance = sum(((cls[b] - target[b]) ** 2).sum() for b in range(4)) / 4
+    (2.0 * distance).backward()
+
+    torch.testing.assert_close(losses["losses/distill"], distance.detach())
+    assert losses["losses/distill"] > 1e-3
+    for (name, p), q in zip(student.named_parameters(), slow.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == ("position_embeddings" in name or "pos_embed" in name)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+            assert not torch.equal(p, tiny_parameter(sd, name)), f"{name} did not move"
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def tiny_parameter(module, name, cache={}):  # noqa: B006
+    return cache.setdefault("weights", dict(tiny(module).named_parameters()))[name]
+
+
+@pytest.mark.parametrize("ablated", ["reconstruction_coef", "distill_coef"])
+def test_a_coefficient_of_zero_leaves_its_term_out(sd, batch, ablated):
+    student, teacher_cls = tiny(sd), torch.zeros(4, 192)
+    args = sd.Args(learning_rate=0.0, warmup_ratio=0.0, **{ablated: 0.0})
+    losses = sd.update(student, *sd.optimizer_and_schedule(student, args, 1, (0.9, 0.95)), *batch, FP32, teacher_cls, args)
+    kept = "losses/distill" if ablated == "reconstruction_coef" else "losses/reconstruction"
+    assert losses["losses/total"] == losses[kept]
+
+
+def test_weight_decay_is_on_matrices_only_and_groups_cover_all(fp):
+    model = tiny(fp)
+    optimizer, _ = fp.optimizer_and_schedule(model, fp.Args(learning_rate=1.0, warmup_ratio=0.0), 1, (0.9, 0.95))
+    groups = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, p in model.named_parameters():
+        assert groups.get(id(p)) == (None if not p.requires_grad else 0.01 if p.ndim > 1 else 0.0), name
+
+
+def test_knn_probe_against_loops(sd):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60)
+    vectors = torch.from_numpy(rng.normal(size=(60, 8)) + 2 * np.eye(8)[labels])
+    hits = 0
+    for i in range(60):
+        cosine = [-9 if j == i else float(vectors[i] @ vectors[j] / vectors[i].norm() / vectors[j].norm()) for j in range(60)]
+        votes = np.bincount(labels[np.argsort(cosine)[-5:]], minlength=3)
+        hits += votes.argmax() == labels[i]
+    assert sd.knn_accuracy(vectors, labels, k=5) == pytest.approx(hits / 60)
+
+
+def test_picture_shows_visible_patches_untouched_and_hidden_ones_at_the_right_brightness(sd, batch):
+    norm = torch.zeros(2, 3, 1, 1) + torch.tensor([0.5, 0.25]).view(2, 1, 1, 1)
+    model = tiny(sd)
+    model.decoder.decoder_pred.weight.data.zero_()  # predicts 0: each hidden patch must come out as its own mean
+    model.decoder.decoder_pred.bias.data.zero_()
+    pixels = batch[0].clamp(-1, 1)
+    grid = sd.picture(model, pixels, batch[1], norm)  # (3, 3 * 66 + 2, 4 * 66 + 2)
+    assert grid.shape == (3, 200, 266)
+    shown, original = grid[:, 134:198, 2:66], pixels[0] * 0.25 + 0.5
+    for i in range(64):
+        where = (slice(None), slice(i // 8 * 8, i // 8 * 8 + 8), slice(i % 8 * 8, i % 8 * 8 + 8))
+        seen = i in batch[1][0].argsort()[:16]
+        expected = original[where] if seen else original[where].mean().expand(3, 8, 8)
+        torch.testing.assert_close(shown[where], expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the scripts
+def tags(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def runs(run, tmp_path_factory):
+    """One run of each pre-training script on mnist5k."""
+    base = tmp_path_factory.mktemp("runs")
+    flags = ("--steps", 30, "--log-every", 5, "--eval-every", 15, "--max-train-samples", 400, "--save-every", 10)
+    out = {}
+    for name in ("further_pretrain_vit", "self_distill_vit"):
+        out[name] = base / name, run(name, "--run-dir", base / name, *flags)
+    return out
+
+
+def test_further_pretraining_learns_and_leaves_the_right_files(runs):
+    run_dir, done = runs["further_pretrain_vit"]
+    assert {p.name for p in run_dir.iterdir() if not p.name.startswith("events")} == {"model", "metrics.json"}
+    assert {p.name for p in (run_dir / "model").iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    events, scalars = tags(run_dir)
+    assert set(scalars) == {"losses/reconstruction", "losses/total", "charts/learning_rate", "charts/grad_norm",
+                            "charts/samples_per_second", "charts/distance_from_init", "eval/knn_accuracy",
+                            "eval/knn_accuracy_start"}  # fmt: skip
+    assert [step for step, _ in scalars["losses/total"]] == [5, 10, 15, 20, 25, 30]
+    assert scalars["losses/reconstruction"][-1][1] < 0.9 * scalars["losses/reconstruction"][0][1]
+    assert 0 < scalars["charts/distance_from_init"][0][1] < scalars["charts/distance_from_init"][-1][1]
+    assert events.Tags()["images"] == ["eval/reconstruction"] and "args/text_summary" in events.Tags()["tensors"]
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["stage"] == "further_pretrain_vit" and metrics["parent"] == str(TINY)
+    assert metrics["args"]["steps"] == 30 and set(metrics["versions"]) == {"torch", "torchvision", "transformers", "datasets"}
+    assert metrics["final"]["losses/reconstruction"] == pytest.approx(scalars["losses/reconstruction"][-1][1])
+    assert done.stdout.strip().splitlines()[-1].strip() == f"python finetune.py --dataset mnist5k --model {run_dir}/model"
+
+
+def test_self_distillation_is_round_0_plus_rounds(runs):
+    run_dir, _ = runs["self_distill_vit"]
+    files = {p.name for p in run_dir.iterdir() if not p.name.startswith("events")}
+    assert files == {"model", "round_0", "round_1", "metrics.json"}
+    _, scalars = tags(run_dir)
+    assert {"losses/distill", "charts/distill_unexplained", "eval/knn_accuracy_teacher"} < set(scalars)
+    distill = dict(scalars["losses/distill"])
+    assert min(distill) == 35 and max(distill) == 60  # none in round 0
+    assert distill[60] < 0.5 * distill[35]
+    further = load_file(runs["further_pretrain_vit"][0] / "model/model.safetensors")
+    round_0, round_1, final = (load_file(run_dir / name / "model.safetensors") for name in ("round_0", "round_1", "model"))
+    assert all(torch.equal(further[k], round_0[k]) for k in further)  # Algorithm 2 is round 0 of Algorithm 1, bit for bit
+    assert all(torch.equal(round_1[k], final[k]) for k in final)
+    assert any(not torch.equal(round_0[k], round_1[k]) for k in final)
+
+
+def test_each_round_starts_a_student_from_the_original_weights(run, sd, tmp_path):
+    """Rounds of one step each are replayed here by hand from the original weights, with the last round as teacher."""
+    flags = ("--steps", 1, "--rounds", 2, "--batch-size", 8, "--learning-rate", 1e-3, "--eval-every", 0)
+    run("self_distill_vit", "--run-dir", tmp_path / "run", *flags)
+    data, _ = sd.load_images(sd.resolve(sd.Args(run_dir=str(tmp_path / "x"))), 64)
+    images, norm = data["train"][0], torch.tensor(IMAGENET)[..., None, None]
+    args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0)
+    for t in range(3):
+        rows = np.random.default_rng([1, t, 0, 0]).permutation(len(images))[:8]
+        noise = torch.from_numpy(np.random.default_rng([1, t, 1, 0]).random((8, 64), np.float32))
+        student, teacher_cls, pixels = tiny(sd), None, sd.take(images, rows, norm)
+        if t:
+            teacher, _ = sd.load_model(str(tmp_path / f"run/round_{t - 1}"), 0.75)
+            with torch.no_grad():
+                teacher_cls = sd.encode(teacher.eval().vit, pixels)
+        sd.update(student, *sd.optimizer_and_schedule(student, args, 1, (0.9, 0.95)), pixels, noise, FP32, teacher_cls, args)
+        found = sd.load_model(str(tmp_path / f"run/round_{t}"), 0.75)[0].state_dict()
+        for name, expected in student.state_dict().items():
+            # Adam's first step is lr * sign(gradient): weights whose gradient is all but zero may go either way.
+            off = ((found[name] - expected).abs() > 1e-5).float().mean().item()
+            assert off < 0.01, f"round {t}, {name}: {off:.1%} of the weights are elsewhere"
+
+
+@pytest.mark.parametrize("source", ["further_pretrain_vit", "self_distill_vit", None])
+def test_finetune_takes_over(runs, run, tmp_path, source):
+    model = ("--model", runs[source][0] / "model") if source else ()
+    done = run("finetune", "--run-dir", tmp_path / "run", "--steps", 100, "--log-every", 5, *model)
+    assert "new: classifier.bias, classifier.weight" in done.stdout
+    final = json.loads((tmp_path / "run/metrics.json").read_text())["final"]
+    _, scalars = tags(tmp_path / "run")
+    assert scalars["losses/total"][-1][1] < 0.8 * scalars["losses/total"][0][1]
+    assert {"test/accuracy", "test/macro_f1", "test/micro_f1", "losses/total"} < set(scalars)
+    assert [step for step, _ in scalars["test/accuracy"]] == [100]  # test is looked at once
+    assert final["test/metric"] == final["test/accuracy"] > 0.3  # chance is 0.1
+    assert final["test/accuracy"] == pytest.approx(scalars["test/accuracy"][0][1])
+    if source is None:
+        from transformers import pipeline
+
+        picture = Image.fromarray(np.zeros((28, 28), np.uint8)).convert("RGB")
+        answer = pipeline("image-classification", model=str(tmp_path / "run/model"))(picture)
+        assert answer[0]["label"] in list("0123456789")
+
+
+def test_validate_scores_on_a_part_of_train(run, tmp_path):
+    run("finetune", "--run-dir", tmp_path / "run", "--steps", 4, "--eval-every", 2, "--validate", "--batch-size", 8)
+    _, scalars = tags(tmp_path / "run")
+    assert [step for step, _ in scalars["eval/accuracy"]] == [2, 4] and not any(tag.startswith("test/") for tag in scalars)
+
+
+KILLS = [("self_distill_vit", signal.SIGTERM), ("self_distill_vit", signal.SIGKILL), ("further_pretrain_vit", signal.SIGKILL),
+         ("finetune", signal.SIGKILL)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "how"), KILLS)
+def test_a_killed_run_resumes_to_the_same_bits(run, tmp_path, name, how):
+    flags = [*map(str, (*SMALL, "--steps", 6, "--save-every", 2))]
+    run(name, "--run-dir", tmp_path / "whole", *flags)
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--run-dir", str(tmp_path / "cut"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "cut/resume.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, stderr = process.communicate()
+    assert process.returncode == (1 if how == signal.SIGTERM else -how)
+    if how == signal.SIGTERM:
+        assert "error: stopped by a signal at step" in stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "cut/metrics.json").exists()
+    run(name, "--run-dir", tmp_path / "cut", "--resume", *flags)
+    whole, cut = (load_file(tmp_path / kind / "model/model.safetensors") for kind in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    one, two = (json.loads((tmp_path / kind / "metrics.json").read_text())["final"] for kind in ("whole", "cut"))
+    del one["charts/samples_per_second"], two["charts/samples_per_second"]
+    assert one == two
+    (_, curve), (_, resumed) = tags(tmp_path / "whole"), tags(tmp_path / "cut")
+    assert curve["losses/total"] == resumed["losses/total"]  # no gap, no step twice
+    if how == signal.SIGTERM:
+        assert "is complete: nothing to resume" in run(name, "--run-dir", tmp_path / "cut", "--resume", *flags).stdout
+
+
+# ------------------------------------------------------------------------------------------------ data sets of the paper
+def prepared_hub(hub, sd):
+    """A model and a data set in the Hub's cache, with the names, files and columns of the real ones; random content."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
+
+    repo = hub / "hub/models--facebook--vit-mae-base"
+    snapshot = repo / "snapshots/0123456789012345678901234567890123456789"
+    if snapshot.exists():
+        return
+    config = ViTMAEConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32,
+                          decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+                          decoder_intermediate_size=32)  # fmt: skip
+    ViTMAEForPreTraining(config).save_pretrained(snapshot)
+    mean, std = IMAGENET
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=mean, image_std=std).save_pretrained(snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(snapshot.name)
+
+    bbox = datasets.Sequence(datasets.Value("float32"))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(200), bbox=bbox)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)) for _ in range(8)]
+    files = {}
+    for split, n in (("train", 5994), ("test", 5794)):
+        rows = {"image": [pictures[i % 8] for i in range(n)], "label": [i % 200 for i in range(n)], "bbox": [[0, 0, 1, 1]] * n}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(hub / f"{split}.parquet")
+        files[split] = [str(hub / f"{split}.parquet")]
+    name = "bentrevett/caltech-ucsd-birds-200-2011"
+    where = {"cache_dir": str(hub / "datasets"), "hash": "0123"}
+    Parquet(dataset_name=name.split("/")[1], data_files=files, **where).download_and_prepare()
+    folder = (hub / "datasets" / name.split("/")[1]).rename(hub / "datasets" / name.replace("/", "___"))
+    next(folder.glob("default-*")).rename(folder / "default")
+
+
+def test_cub_by_name_runs_the_papers_recipe_from_a_prepared_hub_cache(hub, run, sd, tmp_path):
+    prepared_hub(hub, sd)
+    run("self_distill_vit", "--dataset", "cub", "--rounds", 2, "--steps", 2, "--run-dir", tmp_path / "run")
+    args = json.loads((tmp_path / "run/metrics.json").read_text())["args"]
+    assert (args["model"], args["batch_size"]) == ("facebook/vit-mae-base", 64)
+    assert (args["learning_rate"], args["weight_decay"], args["warmup_ratio"]) == (1.5e-4, 0.01, 0.0)
+    assert sd.RECIPES["paper"]["steps"] == 20_000
+    assert {"round_0", "round_1", "round_2", "model"} < {p.name for p in (tmp_path / "run").iterdir()}
+    run("finetune", "--dataset", "cub", "--model", tmp_path / "run/model", "--steps", 2, "--run-dir", tmp_path / "tuned")
+    config = json.loads((tmp_path / "tuned/model/config.json").read_text())
+    assert len(config["id2label"]) == 200 and config["image_size"] == 32
+
+
+def test_a_known_set_with_other_counts_is_refused(hub, sd, monkeypatch, capsys):
+    prepared_hub(hub, sd)
+    monkeypatch.setitem(sd.IMAGE_SETS, "cub", (*sd.IMAGE_SETS["cub"][:6], 6000, 5794))
+    with pytest.raises(SystemExit) as stopped:
+        sd.load_images(sd.Args(dataset="cub"), 32)
+    line = "error: cub from bentrevett/caltech-ucsd-birds-200-2011, train: 5994 rows of 200 classes, expected 6000 of 200\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(line)
+
+
+# ------------------------------------------------------------------------------------------------ the user's own images
+def image_folder(path, classes=("a", "b"), n=12, mode="RGB"):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (path / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8)).convert(mode).save(path / name / f"{i}.png")
+    return path
+
+
+def test_own_folder_with_classes_gets_a_stratified_test_split(script, tmp_path, capsys):
+    ft = script("finetune")
+    data, names = ft.load_images(ft.Args(dataset=str(image_folder(tmp_path / "photos", n=20))), 32)
+    assert names == ["a", "b"] and "has no test split" in capsys.readouterr().out
+    assert [len(images) for images, _ in data.values()] == [36, 4] and list(np.bincount(data["test"][1])) == [2, 2]
+    again, _ = script("further_pretrain_vit").load_images(ft.Args(dataset=str(tmp_path / "photos"), seed=7), 32)
+    assert all(np.array_equal(a, b) for a, b in zip(again["test"][0], data["test"][0], strict=True))  # the same in each stage
+
+
+def test_flat_unlabelled_folder_is_enough_for_pretraining(run, tmp_path):
+    image_folder(tmp_path / "photos", classes=("",), n=20)
+    run("self_distill_vit", "--dataset", tmp_path / "photos", "--model", TINY, "--steps", 2, "--run-dir", tmp_path / "run")
+    assert (tmp_path / "run/model").exists()
+
+
+def test_grey_palette_rgba_cmyk_16_bit_and_rotated_images(sd, tmp_path):
+    (tmp_path / "odd").mkdir()
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))  # dark on the left, bright on the right
+    for mode, ending in (("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("RGB", "jpg")):
+        Image.fromarray(ramp).convert("RGB").convert(mode).save(tmp_path / f"odd/{mode}.{ending}")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "odd/sixteen.png")
+    turned = Image.fromarray(ramp).convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to look at it"
+    turned.save(tmp_path / "odd/turned.jpg", exif=exif)
+    data, _ = sd.load_images(sd.Args(dataset=str(tmp_path / "odd")), 32)
+    images, labels = data["train"]
+    assert len(images) == 7 and labels is None
+    for image in images:
+        assert image[:, :, 0].mean() < 20 and image[:, :, -1].mean() > 235, image[0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+def broken(path):
+    image_folder(path, classes=("a", "b"), n=2)
+    (path / "a/bad.png").write_bytes((path / "a/0.png").read_bytes()[:60])
+    return path
+
+
+def folder_model(path, **config):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32,
+             "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}  # fmt: skip
+    ViTMAEForPreTraining(ViTMAEConfig(**small | config)).save_pretrained(path)
+    return path
+
+
+def no_weights(path):
+    path.mkdir()
+    (path / "config.json").write_text((TINY / "config.json").read_text())
+    return path
+
+
+def another_model(path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertForMaskedLM(config).save_pretrained(path)
+    return path
+
+
+def empty(path):
+    path.mkdir()
+    return path
+
+
+def uneven(path):
+    folder_model(path)
+    config = json.loads((path / "config.json").read_text()) | {"image_size": 36}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+BAD = {
+    "unknown dataset": ("further_pretrain_vit", lambda p: ("--dataset", "cubs"), "unknown dataset cubs: give mnist5k, "
+                        "aircraft, cub, chest_xray, dtd, dogs, flowers, cifar100, a folder, a file, or a Hub id"),
+    "empty folder": ("further_pretrain_vit", lambda p: ("--dataset", empty(p / "d"), "--model", TINY), "cannot load {p}/d: "),
+    "bad image": ("self_distill_vit", lambda p: ("--dataset", broken(p / "d"), "--model", TINY),
+                  "cannot decode image {p}/d/a/bad.png (row "),
+    "no weights": ("self_distill_vit", lambda p: ("--model", no_weights(p / "m")), "cannot load model {p}/m: "),
+    "bert": ("further_pretrain_vit", lambda p: ("--model", another_model(p / "m")), "{p}/m is a bert model: a vit_mae one"),
+    "bert to finetune": ("finetune", lambda p: ("--model", another_model(p / "m")),
+                         "{p}/m is a bert model and reads texts: mnist5k has none"),
+    "teacher's shape": ("self_distill_vit", lambda p: ("--teacher", folder_model(p / "m")),
+                        "--teacher {p}/m has another shape than --model"),
+    "patch size": ("further_pretrain_vit", lambda p: ("--model", uneven(p / "m")),
+                   "{p}/m: patches of 16 pixels do not divide an image of 36"),
+    "no hub, model": ("further_pretrain_vit", lambda p: ("--model", "some/model"), "cannot load model some/model: "),
+    "no hub, data": ("further_pretrain_vit", lambda p: ("--dataset", "some/data", "--model", TINY), "cannot load some/data: "),
+    "steps": ("finetune", lambda p: ("--steps", 0), "--steps is 0, it must be at least 1"),
+    "rounds": ("self_distill_vit", lambda p: ("--rounds", 0), "--rounds is 0, it must be at least 1"),
+    "batch size": ("further_pretrain_vit", lambda p: ("--batch-size", -1), "--batch-size is -1, it must be at least 1"),
+    "nothing to resume": ("self_distill_vit", lambda p: ("--resume",), "has no checkpoint to resume from"),
+    "one class": ("finetune", lambda p: ("--dataset", image_folder(p / "d", ("a",)), "--model", TINY),
+                  "has 0 classes: fine-tuning needs labels of at least two"),
+    "device": ("further_pretrain_vit", lambda p: ("--device", "abacus"), "--device abacus is not to be had here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(run, tmp_path, case):
+    name, flags, line = BAD[case]
+    done = run(name, "--run-dir", tmp_path / "run", *flags(tmp_path), code=2)
+    errors = [x for x in done.stderr.replace("\r", "\n").splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and line.format(p=tmp_path) in errors[0], done.stderr
+    assert done.stderr.rstrip().endswith(errors[0]) and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_directory_is_not_touched(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("precious")
+    done = run("further_pretrain_vit", "--run-dir", tmp_path / "run", code=2)
+    assert done.stderr.endswith(f"error: {tmp_path}/run exists: go on with it by --resume, or give another --run-dir\n")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
