@@ -14,6 +14,7 @@ Images or text: the model decides, a ViT reads images and everything else texts.
 
 import ast
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -24,11 +25,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -44,15 +44,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig
 
 SCRIPT = Path(__file__)
 # name: (Hub id, pinned revision, image column, label column, classes, train split, its rows, rows of the split "test")
@@ -67,15 +59,14 @@ IMAGE_SETS = {
     "flowers": ("Donghyun99/Oxford-Flower-102", None, "image", "label", 102, "train+validation", 2040, 6149),
     "cifar100": ("uoft-cs/cifar100", None, "img", "fine_label", 100, "train", 50000, 10000),
 }  # fmt: skip
-# name: (Hub id, config, text column, label column, classes, rows of train, rows of test, metric); docs/datasets.md
-TEXT_SETS = {
-    "docstrings": ("installed packages", None, "text", "label", 8, None, None, "macro_f1"),
-    "chemprot": ("zapsdcn/chemprot", None, "text", "label", 13, 4169, 3469, "micro_f1"),
-    "acl_arc": ("zapsdcn/citation_intent", None, "text", "label", 6, 1688, 139, "macro_f1"),
-    "scierc": ("nsusemiehl/SciERC", None, "text", "label", 7, 3219, 974, "macro_f1"),
-    "twitter_emotion": ("cardiffnlp/tweet_eval", "emotion", "text", "label", 4, 3257, 1421, "macro_f1"),
+# name: (Hub id, configuration, classes, rows of the split "train", of "test", the metric that papers report)
+TEXT_DATASETS = {
+    "docstrings": ("installed packages", None, 8, 2000, 480, "accuracy"),
+    "chemprot": ("zapsdcn/chemprot", None, 13, 4169, 3469, "micro_f1"),
+    "acl_arc": ("zapsdcn/citation_intent", None, 6, 1688, 139, "macro_f1"),
+    "scierc": ("nsusemiehl/SciERC", None, 7, 3219, 974, "macro_f1"),
+    "twitter_emotion": ("cardiffnlp/tweet_eval", "emotion", 4, 3257, 1421, "macro_f1"),
 }
-LIBRARIES = ("datasets", "mlxtend", "sklearn", "tensorboard", "torch", "torchvision", "transformers", "tyro")
 # What a flag left open becomes: the paper's set-up; for text (learning rate, warm-up) that of Gururangan et al. 2020, which it
 # follows; on the embedded sets a small run for a CPU, with few labels, since with many there is little left to gain.
 RECIPES = {
@@ -88,6 +79,10 @@ RECIPES = {
     "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "learning_rate": 5e-4, "max_train_samples": 400,
                    "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
+# The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
+LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
+SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tensor(board|flow)\w*|scikit.?learn|sklearn|scipy"
+                   r"|pandas|pd|numpy|np|hugging ?face\w*)\b", re.IGNORECASE)  # fmt: skip
 VISION = ("vit_mae", "vit")
 ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # Gururangan's for text
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
@@ -321,59 +316,59 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
 
 
 # ------------------------------------------------------------------------------------------------ texts, shared
-def docstrings() -> Iterator[dict]:
-    """Paragraphs of docstrings of eight installed libraries, their names scrubbed, as rows: which library is it from?
+def docstrings(versions: str) -> Iterator[dict]:
+    """Paragraphs of docstrings in the installed sources, each with the library it is from: 250 a library for train, then 60.
 
-    The sources are parsed, not imported. Of each library at most 300 files; balanced; choice and order by hash.
+    Which ones, and in which order, follows from sha256 of the text. Library names and import paths read "it". Nothing is
+    imported. versions: of the libraries; part of the cache's key, since the texts change with them.
     """
-    scrub = re.compile(r"(?i)\b(" + "|".join(LIBRARIES) + r"|pytorch|scikit(-learn)?|hugging ?face|numpy|np)\b[\w./]*")
-    found, seen = {library: {} for library in LIBRARIES}, set()
-    for library in tqdm(LIBRARIES, desc="read docstrings"):
-        root = Path(find_spec(library).origin).parent
-        files = sorted(root.rglob("*.py"), key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).digest())
-        for file in files[:300]:
-            with suppress(SyntaxError, ValueError):
-                for node in ast.walk(ast.parse(file.read_bytes())):
-                    whole = ast.get_docstring(node) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else ""
-                    for text in re.split(r"\n\s*\n", whole or ""):
-                        text = scrub.sub("it", " ".join(text.split()))
-                        if 8 <= len(text.split()) <= 80 and text[-1] == "." and ">>>" not in text and text not in seen:
-                            seen.add(text)
-                            found[library][hashlib.sha256(text.encode()).hexdigest()] = text
-    each = min(map(len, found.values()))
-    for library in LIBRARIES:
-        for key in sorted(found[library])[:each]:
-            yield {"text": found[library][key], "label": LIBRARIES.index(library), "test": int(key, 16) % 5 == 0}
+    chosen = []
+    for library in tqdm(LIBRARIES, desc="docstrings"):
+        root, found = Path(importlib.util.find_spec(library).origin).parent, {}
+        files = [path.relative_to(root) for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts)]
+        for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
+            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                        words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
+                        prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
+                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":
+                            found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
+        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
+    for _, _, text, library in sorted(chosen):
+        yield {"text": text, "label": library}
 
 
-def load_texts(args: Args, tokenizer, longest: int) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
+def tokenize(batch: dict, column: str, tokenizer: PreTrainedTokenizerBase, length: int) -> dict:
+    """Token ids of some texts, special tokens included, cut at `length`."""
+    return {"ids": tokenizer([text or "" for text in batch[column]], truncation=True, max_length=length)["input_ids"]}
+
+
+def load_texts(args: Args, tokenizer) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
     """{"train" and "test": (texts, labels)} and the class names.
 
-    texts: token ids (L,) each, special tokens included, cut at `longest`, made once by `datasets` and cached for all runs.
-    labels: (N,) int, or None. Without a test split a tenth of labelled train becomes one, stratified, always the same.
+    texts: token ids, (length,) each, made once and kept in the cache of `datasets`. labels: (N,) int, or None.
+    Without a test split a tenth of labelled train becomes one, stratified, always the same.
     """
-    name, known, data, names = args.dataset, TEXT_SETS.get(args.dataset), {}, []
+    name, known, data, names = args.dataset, TEXT_DATASETS.get(args.dataset), {}, []
     if not known and "/" not in name and not Path(name).exists():
-        fail(f"unknown dataset {name}: give {', '.join(TEXT_SETS)}, a folder, a file, or a Hub id (owner/name)")
-    with explain(f"cannot load {name}", "a txt, csv, jsonl or parquet file can be given instead"):
+        fail(f"unknown dataset {name}: give {', '.join(TEXT_DATASETS)}, a folder, a file, or a Hub id (owner/name)")
+    with explain(f"cannot load {name}", "a file of texts, .txt, .csv, .jsonl or .parquet, can be given instead"):
         if name == "docstrings":
-            features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=list(LIBRARIES)),
-                                         test=datasets.Value("bool"))  # fmt: skip
-            rows = datasets.Dataset.from_generator(docstrings, features)
-            parts = {s: rows.filter(lambda row, s=s: row["test"] == (s == "test"), desc=s) for s in ("train", "test")}
+            versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
+            rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
+            parts = {"train": rows.select(range(2000)), "test": rows.select(range(2000, len(rows)))}
         elif known:
             parts = datasets.load_dataset(known[0], known[1])
         elif Path(name).is_file():
-            kind = {"jsonl": "json", "txt": "text", "tsv": "csv"}.get(Path(name).suffix[1:], Path(name).suffix[1:])
-            parts = datasets.load_dataset(kind, data_files=name)
+            parts = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(s := Path(name).suffix[1:], s), data_files=name)
         else:
             parts = datasets.load_dataset(name)
     for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
-        strings = [c for c in part.features if part.features[c] == datasets.Value("string")]
-        usual = [c for c in ("text", "sentence", "content", "abstract") if c in strings] + strings + ["text"]
-        column = args.input_column or (known[2] if known else usual[0])
-        usual = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
-        label = args.label_column or (known[3] if known else usual[0])
+        strings = [c for c in part.features if getattr(part.features[c], "dtype", "") in ("string", "large_string")]
+        column = args.input_column or next((c for c in ("text", "sentence", "content") if c in strings), "text")
+        classes = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or classes[0]
         if column not in strings or label not in (None, *part.features):
             fail(f"{name}: no texts in column {column} or no column {label}, columns are {', '.join(part.features)}: "
                  "see --input-column and --label-column")  # fmt: skip
@@ -383,17 +378,17 @@ def load_texts(args: Args, tokenizer, longest: int) -> tuple[dict[str, tuple[lis
         names = names or sorted(set(labels))
         if not set(labels) <= set(names):
             fail(f"{name}: {split} has labels that train lacks: {sorted(set(labels) - set(names))[:5]}")
-        rows = known[5 + (split == "test")] if known else None
-        if known and (len(part), len(names)) != (rows or len(part), known[4]):
-            fail(f"{name} from {known[0]}, {split}: {len(part)} rows, {len(names)} classes, expected {rows} and {known[4]}")
-        with explain(f"cannot tokenise {name}", "see --input-column"):
-            part = part.select_columns(column).map(
-                lambda x: {"ids": tokenizer([text or "" for text in x], truncation=True, max_length=longest).input_ids},
-                batched=True, input_columns=column, remove_columns=column, desc=f"tokenise {split}")  # fmt: skip
+        if known and (len(part), len(set(names))) != (rows := known[3 + (split == "test")], known[2]):
+            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[2]}")
+        options = {"column": column, "tokenizer": tokenizer, "length": min(args.max_length, tokenizer.model_max_length)}
+        part = part.map(tokenize, batched=True, remove_columns=part.column_names, desc=f"tokenize {split}", fn_kwargs=options)
         texts = [np.array(ids, np.int64) for ids in part["ids"]]
-        if not any(np.isin(ids, tokenizer.all_special_ids, invert=True).any() for ids in texts):
-            fail(f"{name}: column {column} of {split} has {len(texts)} rows and no text in them")
-        data[split] = texts, np.array([names.index(value) for value in labels]) if label else None
+        kept = [i for i, ids in enumerate(texts) if split == "test" or not np.isin(ids, tokenizer.all_special_ids).all()]
+        if not kept:
+            fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
+        if len(kept) < len(texts):
+            print(f"{name}: {len(texts) - len(kept)} texts of {split} are empty and left out")
+        data[split] = [texts[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
     if "test" not in data and data["train"][1] is not None:
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
@@ -411,17 +406,13 @@ def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndar
     return ids, attention
 
 
-def length_batches(texts: list[np.ndarray], batch_size: int, epochs: int, *seed: int) -> list[np.ndarray]:
-    """The rows of each batch. An epoch is a fresh permutation; within 50 batches of it rows are sorted by length, so that
-    little is padded, and batches come in random order. Every row once an epoch, the last batch may be short."""
-    lengths, batches = np.array([len(text) for text in texts]), []
-    for epoch in range(epochs):
-        rng = np.random.default_rng([*seed, 0, epoch])
-        order, window = rng.permutation(len(texts)), 50 * batch_size
-        order = [part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
-        cut = [part[i : i + batch_size] for part in order for i in range(0, len(part), batch_size)]
-        batches += [cut[i] for i in rng.permutation(len(cut))]
-    return batches
+def batches_of_an_epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Row numbers of each batch: every row once, in random order, but texts of similar length together, to pad little."""
+    n, window = len(lengths), 50 * batch_size  # sorted within 50 batches: enough for equal lengths, still mixed well
+    order = rng.permutation(n)
+    order = np.concatenate([part[lengths[part].argsort(kind="stable")] for part in np.split(order, range(window, n, window))])
+    batches = np.split(order, range(batch_size, n, batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -435,10 +426,10 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
             same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
                     "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "initializer_range")  # fmt: skip
             config = ViTConfig(**{key: getattr(config, key) for key in same}, hidden_dropout_prob=dropout, **labels)
-            model, info = ViTForImageClassification.from_pretrained(
+            model, info = transformers.ViTForImageClassification.from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
         else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 source, num_labels=len(names), use_safetensors=True, output_loading_info=True, **labels)  # fmt: skip
     new, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     body = model.base_model_prefix + "."  # what both have: all of it must be there, but for BERT's pooler
@@ -480,12 +471,12 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, max_grad_norm
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     args = tyro.cli(Args, description=__doc__)
-    named = args.model or RECIPES["text" if args.dataset in TEXT_SETS else "paper"]["model"]
+    named = args.model or RECIPES["text" if args.dataset in TEXT_DATASETS else "paper"]["model"]
     named = args.model or RECIPES.get(args.dataset, {}).get("model", named)
     with explain(f"cannot load model {named}", "a folder with config.json and model.safetensors works"):
         config = AutoConfig.from_pretrained(named)
     vision = config.model_type in VISION
-    if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
+    if args.dataset in (TEXT_DATASETS if vision else IMAGE_SETS):
         fail(f"{named} is a {config.model_type} model and reads {'images' if vision else 'texts'}: {args.dataset} has none")
     if not vision:
         RECIPES["paper"] = RECIPES["text"]
@@ -504,8 +495,9 @@ if __name__ == "__main__":
         data, names = load_images(args, config.image_size)
         norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
     else:
-        fits = config.max_position_embeddings - 2 * ("roberta" in config.model_type)
-        data, names = load_texts(args, processor, min(args.max_length, fits))
+        fits = (getattr(config, "max_position_embeddings", 0) or 514) - 2 * ("roberta" in config.model_type)  # its first two
+        processor.model_max_length = min(processor.model_max_length, fits)
+        data, names = load_texts(args, processor)
     if len(names) < 2 or "test" not in data:
         fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, in folders or in a column")
     torch.manual_seed(args.seed)  # of the new layer
@@ -513,8 +505,8 @@ if __name__ == "__main__":
     if args.validate:
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
     split, (train, labels), (test, test_labels) = "eval" if args.validate else "test", data["train"], data["test"]
-    n, kind, known = len(train), "image" if vision else "text", TEXT_SETS.get(args.dataset)
-    metric = "accuracy" if vision else known[7] if known else "macro_f1"  # the data set's own
+    n, kind, known = len(train), "image" if vision else "text", TEXT_DATASETS.get(args.dataset)
+    metric = "accuracy" if vision else known[5] if known else "macro_f1"  # the data set's own
     if vision and device.type == "cuda" and n * train[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # keep it there
         train = torch.cat([torch.from_numpy(np.stack(train[i : i + 1024])).to(device) for i in range(0, n, 1024)])
 
@@ -542,7 +534,9 @@ if __name__ == "__main__":
         order = [np.random.default_rng([args.seed, 0, 0, e]).permutation(n) for e in epochs]
         batches = np.concatenate(order)[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
     else:
-        batches = length_batches(train, args.batch_size, args.epochs, args.seed, 0)
+        lengths = np.array([len(ids) for ids in train])
+        rngs = [np.random.default_rng([args.seed, 0, 0, e]) for e in range(args.epochs)]
+        batches = [rows for rng in rngs for rows in batches_of_an_epoch(lengths, args.batch_size, rng)]
     steps = len(batches)
     targets = torch.from_numpy(labels).to(device)
     optimizer, scheduler = optimizer_and_schedule(model, args, steps, **ADAM[vision])

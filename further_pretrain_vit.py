@@ -55,8 +55,8 @@ IMAGE_SETS = {
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-4,
               "warmup_ratio": 0.0, "save_every": 1000, "eval_every": 2000, "log_every": 100},
-    "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 150, "learning_rate": 5e-4,
-                "save_every": 50, "eval_every": 75, "log_every": 10},
+    "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 100, "learning_rate": 5e-4,
+                "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training

@@ -1,0 +1,510 @@
+# Documentation: README.md, "One file, one stage". Sibling: self_distill_roberta.py; the diff of the two is the method.
+"""Further pre-training of a RoBERTa on unlabelled texts by masked language modelling.
+
+Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a
+pre-trained masked language model, go on with the same objective (hide 15 % of the tokens, predict them) on the target texts.
+
+    python further_pretrain_roberta.py                    # 2,000 docstrings, a tiny RoBERTa, no download: a minute on a CPU
+    python further_pretrain_roberta.py --dataset acl_arc  # the paper's recipe: RoBERTa-base, 100 epochs, on a GPU
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import tyro
+from sklearn.model_selection import train_test_split
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import get_total_norm, parameters_to_vector
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+SCRIPT = Path(__file__)
+# name: (Hub id, configuration, classes, rows of the split "train", of "test", the metric that papers report)
+TEXT_DATASETS = {
+    "docstrings": ("installed packages", None, 8, 2000, 480, "accuracy"),
+    "chemprot": ("zapsdcn/chemprot", None, 13, 4169, 3469, "micro_f1"),
+    "acl_arc": ("zapsdcn/citation_intent", None, 6, 1688, 139, "macro_f1"),
+    "scierc": ("nsusemiehl/SciERC", None, 7, 3219, 974, "macro_f1"),
+    "twitter_emotion": ("cardiffnlp/tweet_eval", "emotion", 4, 3257, 1421, "macro_f1"),
+}
+# What a flag left open becomes: the paper's set-up (in its place Gururangan et al. 2020, where the paper follows them), and
+# on the embedded docstrings a small run for a CPU.
+RECIPES = {
+    "paper": {"model": "FacebookAI/roberta-base", "epochs": 100, "batch_size": 128, "learning_rate": 1e-4,
+              "warmup_ratio": 0.06, "save_every": 500, "eval_every": 500, "log_every": 50},
+    "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "epochs": 3, "batch_size": 32,
+                   "learning_rate": 5e-4, "save_every": 100, "eval_every": 160, "log_every": 10},
+}  # fmt: skip
+HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
+KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
+# The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
+LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
+SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tensor(board|flow)\w*|scikit.?learn|sklearn|scipy"
+                   r"|pandas|pd|numpy|np|hugging ?face\w*)\b", re.IGNORECASE)  # fmt: skip
+
+
+@dataclass
+class Args:
+    dataset: str = "docstrings"
+    """a name of the paper (scierc, ...), the embedded docstrings, or what load_dataset reads: folder, file, Hub id"""
+    model: str | None = None
+    """starting weights, a Hub id or a folder in save_pretrained format; default by dataset"""
+    run_dir: str | None = None
+    """where everything goes; default runs/<dataset>__<script>__<seed>__<unix time>"""
+    resume: bool = False
+    """go on from the last complete checkpoint in --run-dir"""
+    seed: int = 1
+    """of the order of the data and of all that is drawn at random"""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the matrix products; auto is bf16 on CUDA and fp32 on a CPU (where bf16 without AMX is slower)"""
+    compile: bool = False
+    """compile the model: a minute or more at the start, faster steps after it"""
+    batch_size: int | None = None
+    """samples an optimizer step; default by dataset"""
+    learning_rate: float | None = None
+    """peak, falling linearly to 0; default by dataset"""
+    weight_decay: float = 0.01
+    """AdamW's; not on biases and other 1-d parameters"""
+    warmup_ratio: float | None = None
+    """part of the steps in which the learning rate rises from 0; default by dataset"""
+    save_every: int | None = None
+    """steps between two checkpoints, 0 for none within a round; default by dataset"""
+    eval_every: int | None = None
+    """steps between two looks at the model (k-NN probe, pictures or sentences), 0 for none; default by dataset"""
+    log_every: int | None = None
+    """steps between two points of the curves in TensorBoard; default by dataset"""
+    max_train_samples: int | None = None
+    """use this many samples of the train split, stratified where there are labels; default all"""
+    input_column: str | None = None
+    """column of the images or texts; default by type and usual names"""
+    label_column: str | None = None
+    """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    # of masked language modelling
+    epochs: int | None = None
+    """passes over the texts; default by dataset: 100 in the paper"""
+    mlm_probability: float = 0.15
+    """part of the tokens to predict: 80 % of them are masked, 10 % replaced at random, 10 % left as they are"""
+    max_length: int = 512
+    """tokens of a text, the rest is cut off; never more than the model takes"""
+
+
+# ------------------------------------------------------------------------------------------------ plumbing, shared
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr: what is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def explain(what: str, hint: str) -> Iterator[None]:
+    """Turn what a library raises into one line: what failed, the library's own first line, and what would work."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
+
+
+def resolve(args: Args) -> Args:
+    """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
+    recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
+    args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
+    for key in ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"):
+        if (value := getattr(args, key, None)) is not None and value < 1:
+            fail(f"--{key.replace('_', '-')} is {value}, it must be at least 1")
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
+    run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
+    if args.resume and (run_dir / "metrics.json").exists():
+        print(f"{run_dir} is complete: nothing to resume")
+        raise SystemExit(0)
+    if args.resume and not (run_dir / "resume.pt").exists():
+        fail(f"{run_dir} has no checkpoint to resume from: leave out --resume to start there")
+    if run_dir.exists() and not args.resume:
+        fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
+    return replace(args, run_dir=str(run_dir))
+
+
+def load_checkpoint(args: Args) -> dict:
+    """The state in `resume.pt`, which must be whole and belong to these arguments; empty for a new run."""
+    if not args.resume:
+        return {}
+    with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
+        state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
+    for key, value in asdict(args).items():
+        if state["args"].get(key) != value and key not in HARMLESS:
+            fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}: give the same again")
+    return state
+
+
+def write(path: Path, content: dict) -> None:
+    """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
+    """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
+    os.replace(temporary, folder)
+
+
+def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
+    """Write `metrics.json`, last: where it is, the run is complete. The checkpoint has done its duty."""
+    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "-q", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")}
+    metrics = {"args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "versions": versions, "git_commit": commit}
+    metrics |= {"seconds": round(seconds, 1), "samples_per_second": round(samples / seconds, 1), "final": final}
+    write(Path(args.run_dir) / "metrics.json", metrics)
+    (Path(args.run_dir) / "resume.pt").unlink()
+
+
+def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
+    """AdamW, with weight decay on matrices only, and a learning rate that falls linearly to 0 after the warm-up."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
+    return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
+
+
+# ------------------------------------------------------------------------------------------------ texts, shared
+def docstrings(versions: str) -> Iterator[dict]:
+    """Paragraphs of docstrings in the installed sources, each with the library it is from: 250 a library for train, then 60.
+
+    Which ones, and in which order, follows from sha256 of the text. Library names and import paths read "it". Nothing is
+    imported. versions: of the libraries; part of the cache's key, since the texts change with them.
+    """
+    chosen = []
+    for library in tqdm(LIBRARIES, desc="docstrings"):
+        root, found = Path(importlib.util.find_spec(library).origin).parent, {}
+        files = [path.relative_to(root) for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts)]
+        for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
+            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                        words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
+                        prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
+                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":
+                            found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
+        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
+    for _, _, text, library in sorted(chosen):
+        yield {"text": text, "label": library}
+
+
+def tokenize(batch: dict, column: str, tokenizer: PreTrainedTokenizerBase, length: int) -> dict:
+    """Token ids of some texts, special tokens included, cut at `length`."""
+    return {"ids": tokenizer([text or "" for text in batch[column]], truncation=True, max_length=length)["input_ids"]}
+
+
+def load_texts(args: Args, tokenizer) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
+    """{"train" and "test": (texts, labels)} and the class names.
+
+    texts: token ids, (length,) each, made once and kept in the cache of `datasets`. labels: (N,) int, or None.
+    Without a test split a tenth of labelled train becomes one, stratified, always the same.
+    """
+    name, known, data, names = args.dataset, TEXT_DATASETS.get(args.dataset), {}, []
+    if not known and "/" not in name and not Path(name).exists():
+        fail(f"unknown dataset {name}: give {', '.join(TEXT_DATASETS)}, a folder, a file, or a Hub id (owner/name)")
+    with explain(f"cannot load {name}", "a file of texts, .txt, .csv, .jsonl or .parquet, can be given instead"):
+        if name == "docstrings":
+            versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
+            rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
+            parts = {"train": rows.select(range(2000)), "test": rows.select(range(2000, len(rows)))}
+        elif known:
+            parts = datasets.load_dataset(known[0], known[1])
+        elif Path(name).is_file():
+            parts = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(s := Path(name).suffix[1:], s), data_files=name)
+        else:
+            parts = datasets.load_dataset(name)
+    for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
+        strings = [c for c in part.features if getattr(part.features[c], "dtype", "") in ("string", "large_string")]
+        column = args.input_column or next((c for c in ("text", "sentence", "content") if c in strings), "text")
+        classes = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or classes[0]
+        if column not in strings or label not in (None, *part.features):
+            fail(f"{name}: no texts in column {column} or no column {label}, columns are {', '.join(part.features)}: "
+                 "see --input-column and --label-column")  # fmt: skip
+        labels = [str(value) for value in part[label]] if label else []
+        if label and isinstance(part.features[label], datasets.ClassLabel):
+            labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
+        names = names or sorted(set(labels))
+        if not set(labels) <= set(names):
+            fail(f"{name}: {split} has labels that train lacks: {sorted(set(labels) - set(names))[:5]}")
+        if known and (len(part), len(set(names))) != (rows := known[3 + (split == "test")], known[2]):
+            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[2]}")
+        options = {"column": column, "tokenizer": tokenizer, "length": min(args.max_length, tokenizer.model_max_length)}
+        part = part.map(tokenize, batched=True, remove_columns=part.column_names, desc=f"tokenize {split}", fn_kwargs=options)
+        texts = [np.array(ids, np.int64) for ids in part["ids"]]
+        kept = [i for i, ids in enumerate(texts) if split == "test" or not np.isin(ids, tokenizer.all_special_ids).all()]
+        if not kept:
+            fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
+        if len(kept) < len(texts):
+            print(f"{name}: {len(texts) - len(kept)} texts of {split} are empty and left out")
+        data[split] = [texts[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
+    if "test" not in data and data["train"][1] is not None:
+        print(f"{name} has no test split: a stratified tenth of train is held out as one")
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+    if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
+        data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
+    return data, names
+
+
+def split_rows(images: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
+    """Two disjoint parts, seeded, stratified by the labels where there are any."""
+    with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
+        parts = train_test_split(np.arange(len(images)), stratify=labels, random_state=seed, **size)
+    return tuple(([images[i] for i in part], None if labels is None else labels[part]) for part in parts)
+
+
+def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and attention mask of some rows, (B, L) each, L the longest of them; 1 is a token, 0 is padding."""
+    lengths = np.array([len(texts[i]) for i in rows])
+    attention = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    ids = np.full(attention.shape, pad_id)
+    ids[attention == 1] = np.concatenate([texts[i] for i in rows])
+    return ids, attention
+
+
+def batches_of_an_epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Row numbers of each batch: every row once, in random order, but texts of similar length together, to pad little."""
+    n, window = len(lengths), 50 * batch_size  # sorted within 50 batches: enough for equal lengths, still mixed well
+    order = rng.permutation(n)
+    order = np.concatenate([part[lengths[part].argsort(kind="stable")] for part in np.split(order, range(window, n, window))])
+    batches = np.split(order, range(batch_size, n, batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng: np.random.Generator) -> tuple:
+    """Masked copy of ids (B, L), and the flat positions (M,) to predict: 80 % become <mask>, 10 % another token, 10 % stay.
+
+    plain: (vocabulary,), True for ordinary tokens; special ones and padding are neither chosen nor put in place of others.
+    """
+    chosen, how = (rng.random(ids.shape) < share) & plain[ids], rng.random(ids.shape)
+    masked = np.where(chosen & (how < 0.8), mask, ids)
+    masked = np.where(chosen & (how >= 0.9), rng.choice(np.flatnonzero(plain), ids.shape), masked)
+    return masked, np.flatnonzero(chosen)
+
+
+def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None) -> dict[str, torch.Tensor]:
+    """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy."""
+    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    ids, attention = pad(texts, rows, tokenizer.pad_token_id or 0)
+    batch = {"ids": ids, "attention": attention, "start": (ids == first).argmax(1)}
+    if rng:
+        batch["masked"], batch["where"] = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
+    return {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the model
+def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A masked language model of any kind, from safetensors, in fp32, with no weight missing; and its tokenizer."""
+    with explain(f"cannot load model {source}", "a masked language model's folder with tokenizer can be given instead"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForMaskedLM.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
+    if tokenizer.mask_token_id is None or (tokenizer.cls_token_id is None and tokenizer.bos_token_id is None):
+        fail(f"the tokenizer of {source} has no mask or no start token, only {', '.join(tokenizer.all_special_tokens)}")
+    if not 0.99 * model.config.vocab_size <= len(tokenizer) <= model.config.vocab_size:  # some round it up
+        fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
+    tables = [m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")]
+    lengths = [len(table.weight) - (-1 if table.padding_idx is None else table.padding_idx) - 1 for table in tables]
+    lengths += [getattr(model.config, "max_position_embeddings", None) or 512]  # RoBERTa's first two are not for tokens
+    tokenizer.model_max_length = min(tokenizer.model_max_length, *lengths)
+    return model.float(), tokenizer  # fp32, whatever precision the file is in
+
+
+def masked_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Vocabulary logits (M, V) at the masked tokens alone, of any masked language model: its head is the larger half of the
+    work, so it is handed their hidden states and no others, by a hook between the encoder and what comes after it."""
+
+    def gather(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[batch["where"]][None]  # (1, M, D)
+        return output
+
+    with model.base_model.register_forward_hook(gather):
+        return model(input_ids=batch["masked"], attention_mask=batch["attention"]).logits[0].float()
+
+
+def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Final hidden states (B, D) at <s> (or what the tokenizer has in its place) of the unmasked texts."""
+    hidden = model.base_model(input_ids=batch["ids"], attention_mask=batch["attention"]).last_hidden_state  # (B, L, D)
+    return hidden[torch.arange(len(hidden), device=hidden.device), batch["start"]].float()
+
+
+@torch.no_grad()
+def encode_all(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, autocast: torch.autocast) -> torch.Tensor:
+    """Their vectors at <s>, (N, D), in eval mode."""
+    model.eval()
+    order = np.argsort([len(ids) for ids in texts], kind="stable")
+    with autocast:
+        parts = np.split(order, range(128, len(order), 128))
+        vectors = torch.cat([encode(model, collate(texts, rows, tokenizer, model.device)) for rows in parts])
+    model.train()
+    return vectors[torch.from_numpy(order.argsort()).to(vectors.device)]
+
+
+def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
+    """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), labels: (>= N,)."""
+    vectors, y = torch.nn.functional.normalize(vectors), torch.from_numpy(labels[: len(vectors)]).to(vectors.device)
+    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
+    return (y[nearest].mode(dim=1).values == y).float().mean().item()
+
+
+@torch.no_grad()
+def look(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, plain, share: float, autocast) -> tuple[float, str]:
+    """Share of the masked tokens of some texts that the model gets right, and a table of the first eight, in eval mode."""
+    model.eval()
+    hits, table = [], "|masked text|truth: the model's top 3|\n|-|-|\n"
+    for i in range(0, len(texts), 8):  # always the same masks
+        part, rng = texts[i : i + 8], np.random.default_rng(i)
+        batch = collate(part, range(len(part)), tokenizer, model.device, plain, share, rng)
+        with autocast:
+            top = masked_logits(model, batch).topk(3).indices.cpu()  # (M, 3)
+        truth, row = batch["ids"].flatten()[batch["where"]].cpu(), batch["where"].cpu() // batch["ids"].shape[1]
+        hits.append(top[:, 0] == truth)
+        for b, ids in enumerate(batch["masked"] if i == 0 else ()):
+            told = [[tokenizer.decode([k]) for k in (truth[m], *top[m])] for m in torch.where(row == b)[0]]
+            cells = tokenizer.decode(ids[batch["attention"][b] == 1]), "; ".join(f"{t}: {x}, {y}, {z}" for t, x, y, z in told)
+            cells = [cell.replace("\n", " ").replace("|", "&#124;").replace("<", "&lt;") for cell in cells]
+            table += f"|{cells[0]}|{cells[1]}|\n"
+    model.train()
+    hits = torch.cat(hits)
+    return hits.sum().item() / max(len(hits), 1), table
+
+
+# ------------------------------------------------------------------------------------------------ THE METHOD
+def update(model, optimizer, scheduler, batch, autocast) -> dict[str, torch.Tensor]:
+    """One step of Algorithm 2. batch: ids, masked (B, L) and what belongs to them, see collate."""
+    with autocast:
+        truth = batch["ids"].flatten()[batch["where"]]  # (M,)
+        mlm = cross_entropy(masked_logits(model, batch), truth, reduction="sum") / max(len(truth), 1)  # no token, no loss
+        losses = {"losses/mlm": mlm, "losses/total": mlm}
+    losses["losses/total"].backward()
+    losses["charts/grad_norm"] = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return {key: value.detach() for key, value in losses.items()}
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    args = resolve(tyro.cli(Args, description=__doc__))
+    if not 0 < args.mlm_probability <= 1 or args.max_length < 3:
+        fail(f"--mlm-probability {args.mlm_probability} must be in (0, 1], --max-length {args.max_length} at least 3")
+    torch.manual_seed(args.seed)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
+        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    state = load_checkpoint(args)
+    model, tokenizer = load_model(args.model)
+    data, names = load_texts(args, tokenizer)
+    texts, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
+    n, lengths = len(texts), np.array([len(ids) for ids in texts])
+    plain = np.zeros(model.config.vocab_size, bool)  # (vocabulary,): the tokens that may be masked
+    plain[list(tokenizer.get_vocab().values())] = True
+    plain[tokenizer.all_special_ids] = False
+    model.to(device).train()
+    encoder = parameters_to_vector(model.base_model.parameters()).detach().clone()
+    start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
+    total_steps = args.epochs * -(-n // args.batch_size)
+    run_dir = Path(args.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=start + 1)  # what a cut-off run logged after its checkpoint
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
+    print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, {sum(p.numel() for p in model.parameters()):,} "
+          f"weights, {device}" + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
+
+    stop = []  # a signal that came in: finish the step, save, leave
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+    probe = labels is not None and args.eval_every > 0
+    fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 200)).astype(int)]  # what the masked accuracy is measured on
+    if probe and start == 0:
+        vectors = encode_all(model, texts[:KNN_TEXTS], tokenizer, autocast)
+        writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(vectors, labels), 0)
+    rngs = [np.random.default_rng([args.seed, 0, 0, e]) for e in range(args.epochs)]
+    order = [rows for rng in rngs for rows in batches_of_an_epoch(lengths, args.batch_size, rng)]
+    optimizer, scheduler = optimizer_and_schedule(model, args, total_steps, betas=(0.9, 0.98), eps=1e-6)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    for name, part in parts.items() if state else ():
+        part.load_state_dict(state[name])
+    if args.compile:
+        model.compile()
+    bar = tqdm(total=total_steps, initial=start, desc="further pre-train", unit="step", dynamic_ncols=True)
+    clock, tick, ticked = time.time(), time.time(), start
+    for step in range(start, total_steps):
+        rng = np.random.default_rng([args.seed, 0, 1, step])  # of the masks, and of dropout: a resumed run draws the same
+        torch.manual_seed(int(rng.integers(2**62)))
+        batch = collate(texts, order[step], tokenizer, device, plain, args.mlm_probability, rng)
+        losses = update(model, optimizer, scheduler, batch, autocast)
+        bar.update()
+        done = step + 1
+        save = done == total_steps or stop or (args.save_every and done % args.save_every == 0)
+        if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
+            values = {key: value.item() for key, value in losses.items()}
+            if not np.isfinite(list(values.values())).all():
+                bar.close()
+                fail(f"loss not finite at step {done}: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()) - encoder).norm().item()
+            values["charts/samples_per_second"] = (done - ticked) * args.epochs * n / total_steps / (time.time() - tick)
+            bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
+            for key, value in values.items():
+                writer.add_scalar(key, value, done)
+            tick, ticked = time.time(), done
+        if args.eval_every and (done % args.eval_every == 0 or done == total_steps):
+            if probe:
+                vectors = encode_all(model, texts[:KNN_TEXTS], tokenizer, autocast)
+                writer.add_scalar("eval/knn_accuracy", knn_accuracy(vectors, labels), done)
+            accuracy, table = look(model, fixed, tokenizer, plain, args.mlm_probability, autocast)
+            writer.add_scalar("eval/masked_accuracy", accuracy, done)
+            writer.add_text("eval/guesses", table, done)
+            tick, ticked = time.time(), done
+        if save:
+            state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
+            state |= {"seconds": seconds + time.time() - clock, "values": values}
+            writer.flush()  # the curves up to here are on disk before the checkpoint is
+            write(run_dir / "resume.pt", state)
+        if stop and done < total_steps:
+            bar.close()
+            fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
+    bar.close()
+    writer.close()
+    save_model(model, tokenizer, run_dir / "model")
+    finish(args, args.model, state["seconds"], args.epochs * n, values)
+    print(f"wrote {run_dir}/model: further pre-trained on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
+    print(f"  python self_distill_roberta.py --dataset {args.dataset} --teacher {run_dir}/model")
+    print(f"  python finetune.py --dataset {args.dataset} --model {run_dir}/model")

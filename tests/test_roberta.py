@@ -1,0 +1,346 @@
+"""The text half: masking, batches and the method against slow versions written here, four kinds of models, scripts, faults."""
+
+import json
+import runpy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.functional import cross_entropy
+
+FP32 = torch.autocast("cpu", enabled=False)
+WORDS = [f"w{i}" for i in range(90)]
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+KINDS = ("roberta", "bert", "distilbert", "modernbert")
+
+
+def config(kind):
+    """transformers is imported in functions alone: it fixes the Hub cache when imported, and conftest sets that first."""
+    from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig
+
+    ends = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    if kind == "roberta":
+        return RobertaConfig(**SHAPE, **ends, max_position_embeddings=42)
+    if kind == "bert":
+        return BertConfig(**SHAPE, pad_token_id=1, max_position_embeddings=40)
+    if kind == "distilbert":
+        return DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=40,
+                                pad_token_id=1)  # fmt: skip
+    return ModernBertConfig(**SHAPE, **ends, cls_token_id=0, sep_token_id=2, max_position_embeddings=40,
+                            attn_implementation="sdpa")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sd(script):
+    return script("self_distill_roberta")
+
+
+def word_tokenizer(size=96, **special):
+    """Words w0 to w89, ids 6 up; <s> first and </s> last."""
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "<x>": 5}
+    vocabulary |= {word: 6 + i for i, word in enumerate(WORDS[: size - 6])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
+             "unk_token": "<unk>", "mask_token": "<mask>"} | special  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in names.items() if v})
+
+
+@pytest.fixture(scope="module")
+def folders(hub, tmp_path_factory):
+    """{kind: folder} of random models, each with its tokenizer."""
+    from transformers import AutoModelForMaskedLM
+
+    out = {}
+    for kind in KINDS:
+        torch.manual_seed(0)
+        out[kind] = tmp_path_factory.mktemp(kind) / "model"
+        AutoModelForMaskedLM.from_config(config(kind)).save_pretrained(out[kind])
+        word_tokenizer().save_pretrained(out[kind])
+    return out
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A file of 50 labelled texts of 3 to 60 words."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    rows = [{"text": " ".join(rng.choice(WORDS, rng.integers(3, 60))), "label": "ab"[i % 2]} for i in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ready(sd, folder, n=6):
+    """A loaded model without dropout (it would differ between the two passes compared), and a batch."""
+    model, tokenizer = sd.load_model(str(folder))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.eval()  # the attention's own dropout too
+    rng = np.random.default_rng(0)
+    texts = [np.array([0, *rng.integers(6, 96, k), 2]) for k in rng.integers(3, 30, n)]
+    plain = np.arange(96) >= 6
+    return model, tokenizer, texts, sd.collate(texts, range(n), tokenizer, "cpu", plain, 0.3, np.random.default_rng(1))
+
+
+# ------------------------------------------------------------------------------------------------ masking, batches
+def test_masking_proportions_and_exclusions(sd):
+    ids = np.random.default_rng(0).integers(0, 1000, (400, 500))
+    plain = np.arange(1000) >= 100
+    masked, where = sd.mask_tokens(ids, plain, 4, 0.15, np.random.default_rng(1))
+    before, after = ids.flatten(), masked.flatten()
+    chosen = np.zeros(before.shape, bool)
+    chosen[where] = True
+    assert not chosen[~plain[before]].any() and (before == after)[~chosen].all()
+    assert chosen[plain[before]].mean() == pytest.approx(0.15, abs=0.004)
+    assert (after[where] == 4).mean() == pytest.approx(0.8, abs=0.01)
+    assert (after[where] == before[where]).mean() == pytest.approx(0.1, abs=0.01)
+    other = after[where][(after[where] != 4) & (after[where] != before[where])]
+    assert len(other) / len(where) == pytest.approx(0.1, abs=0.01) and plain[other].all() and len(set(other)) > 800
+    again, _ = sd.mask_tokens(ids, plain, 4, 0.15, np.random.default_rng(1))
+    afresh, _ = sd.mask_tokens(ids, plain, 4, 0.15, np.random.default_rng(2))
+    assert (again == masked).all() and (afresh != masked).any()
+
+
+def test_padding_and_special_tokens_are_never_chosen(sd, folders):
+    _, _, texts, batch = ready(sd, folders["roberta"])
+    ids, where = batch["ids"].flatten(), batch["where"]
+    assert len(where) > 5 and (ids[where] >= 6).all()
+    assert batch["attention"].sum() == sum(len(text) for text in texts) and (batch["ids"][batch["attention"] == 0] == 1).all()
+    assert (batch["start"] == 0).all() and (batch["masked"] != batch["ids"]).any()
+
+
+@pytest.mark.parametrize(("n", "size"), [(1000, 16), (1003, 16), (5, 16), (2000, 8), (1, 1)])
+def test_batches_visit_every_row_once_an_epoch_and_pad_little(sd, n, size):
+    lengths = np.random.default_rng(0).integers(3, 128, n)
+    batches = sd.batches_of_an_epoch(lengths, size, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == -(-n // size)
+    assert sorted(len(rows) for rows in batches)[1:] == [size] * (len(batches) - 1)
+    other = sd.batches_of_an_epoch(lengths, size, np.random.default_rng(2))
+    if n >= 1000:
+        assert sum(lengths[rows].max() * len(rows) for rows in batches) < 1.05 * lengths.sum()
+        assert any(set(a) != set(b) for a, b in zip(batches, other, strict=True))
+        tops = [lengths[rows].max() for rows in batches]
+        assert abs(np.corrcoef(tops, np.arange(len(tops)))[0, 1]) < 0.5  # not from short to long
+
+
+# ------------------------------------------------------------------------------------------------ the method
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_at_masked_positions_is_the_librarys(sd, folders, kind):
+    model, _, _, batch = ready(sd, folders[kind])
+    labels = torch.full_like(batch["ids"], -100).flatten()
+    labels[batch["where"]] = batch["ids"].flatten()[batch["where"]]
+    full = model(input_ids=batch["masked"], attention_mask=batch["attention"], labels=labels.view_as(batch["ids"]))
+    logits = sd.masked_logits(model, batch)
+    assert logits.shape == (len(batch["where"]), 96)
+    torch.testing.assert_close(logits, full.logits.flatten(0, 1)[batch["where"]], rtol=1e-4, atol=1e-5)
+    optimizer, scheduler = sd.optimizer_and_schedule(model, sd.Args(learning_rate=0.0, warmup_ratio=0.0), 1, (0.9, 0.98), 1e-6)
+    losses = sd.update(model, optimizer, scheduler, batch, FP32, None, sd.Args())
+    torch.testing.assert_close(losses["losses/mlm"], full.loss.detach(), rtol=1e-5, atol=1e-6)
+    hidden = model.base_model(batch["ids"], attention_mask=batch["attention"]).last_hidden_state
+    assert hidden.shape == (*batch["ids"].shape, 32)  # the hook is gone
+    torch.testing.assert_close(sd.encode(model, batch), hidden[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_gradients_are_those_of_a_slow_version_with_a_live_teacher(sd, folders, kind):
+    student, tokenizer, texts, batch = ready(sd, folders[kind])
+    slow, teacher = (ready(sd, folders[kind])[0] for _ in range(2))
+    torch.manual_seed(1)
+    for p in teacher.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    constants = sd.encode_all(teacher, texts, tokenizer, FP32)
+    args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0, reconstruction_coef=0.5, distill_coef=2.0)
+    optimizer, scheduler = sd.optimizer_and_schedule(student, args, 10, (0.9, 0.98), 1e-6)
+    optimizer.zero_grad = lambda: None  # keep the gradients to look at
+    losses = sd.update(student, optimizer, scheduler, batch, FP32, constants, args)
+
+    logits = slow(input_ids=batch["masked"], attention_mask=batch["attention"]).logits
+    ids, length = batch["ids"], batch["ids"].shape[1]
+    each = [cross_entropy(logits[k // length, k % length], ids[k // length, k % length]) for k in batch["where"].tolist()]
+    (0.5 * torch.stack(each).mean()).backward()
+    distance = 0.0
+    teacher.eval()
+    for text in texts:  # one at a time, so with no padding at all
+        one = torch.from_numpy(text)[None]
+        with torch.no_grad():
+            target = teacher.base_model(one).last_hidden_state[0, 0]
+        distance = distance + ((slow.base_model(one).last_hidden_state[0, 0] - target) ** 2).sum() / len(texts)
+    (2.0 * distance).backward()
+
+    torch.testing.assert_close(losses["losses/distill"], distance.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["losses/total"], 0.5 * losses["losses/mlm"] + 2.0 * losses["losses/distill"])
+    assert losses["losses/distill"] > 1e-3
+    for (name, p), q in zip(student.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_texts_keep_their_order_whatever_their_length(sd, folders):
+    model, tokenizer, texts, _ = ready(sd, folders["bert"], n=20)
+    vectors = sd.encode_all(model, texts, tokenizer, FP32)
+    alone = torch.cat([sd.encode_all(model, [text], tokenizer, FP32) for text in texts])
+    torch.testing.assert_close(vectors, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_with_nothing_masked_has_loss_zero(sd, folders):
+    model, tokenizer, texts, _ = ready(sd, folders["roberta"])
+    batch = sd.collate(texts, [0], tokenizer, "cpu", np.arange(96) >= 6, 0.0, np.random.default_rng(0))
+    args = sd.Args(learning_rate=0.0, warmup_ratio=0.0)
+    losses = sd.update(model, *sd.optimizer_and_schedule(model, args, 1, (0.9, 0.98)), batch, FP32, None, args)
+    assert losses["losses/mlm"] == 0 == losses["charts/grad_norm"]
+
+
+def test_roberta_tables_hold_two_places_fewer_than_rows(sd, folders):
+    assert [sd.load_model(str(folders[kind]))[1].model_max_length for kind in ("roberta", "bert", "modernbert")] == [40] * 3
+
+
+# ------------------------------------------------------------------------------------------------ the scripts
+def tags(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def distilled(run, tmp_path_factory):
+    """One run of all of Algorithm 1 on 320 docstrings."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    flags = ("--epochs", 3, "--max-train-samples", 320, "--log-every", 5, "--eval-every", 30)
+    return run_dir, run("self_distill_roberta", "--run-dir", run_dir, *flags)
+
+
+def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
+    from transformers import AutoModelForSequenceClassification
+
+    run_dir, done = distilled
+    names = {p.name for p in run_dir.iterdir() if not p.name.startswith("events")}
+    assert names == {"model", "round_0", "round_1", "metrics.json"}
+    events, scalars = tags(run_dir)
+    assert set(scalars) == {"losses/mlm", "losses/distill", "losses/total", "charts/learning_rate", "charts/grad_norm",
+                            "charts/samples_per_second", "charts/distance_from_init", "charts/distill_unexplained",
+                            "eval/knn_accuracy", "eval/knn_accuracy_start", "eval/knn_accuracy_teacher",
+                            "eval/masked_accuracy"}  # fmt: skip
+    mlm = dict(scalars["losses/mlm"])
+    assert np.mean([mlm[20], mlm[25], mlm[30]]) < np.mean([mlm[5], mlm[10]])
+    assert scalars["losses/distill"][-1][1] < scalars["losses/distill"][0][1]
+    shown = events.Tensors("eval/guesses/text_summary")[-1].tensor_proto.string_val[0].decode().splitlines()
+    assert shown[0] == "|masked text|truth: the model's top 3|" and len(shown) == 10
+    assert all(line.count("|") == 3 for line in shown[2:]) and any("&lt;mask>" in line for line in shown)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["stage"] == "self_distill_roberta" and metrics["final"]["losses/distill"] > 0
+    assert f"python finetune.py --dataset docstrings --model {run_dir}/model" in done.stdout
+    model, info = AutoModelForSequenceClassification.from_pretrained(run_dir / "model", output_loading_info=True)
+    assert all(key.startswith("classifier.") for key in info["missing_keys"]) and model.config.hidden_dropout_prob == 0.1
+
+
+def test_docstrings_are_balanced_scrubbed_and_disjoint(distilled, script):
+    from transformers import AutoTokenizer
+
+    sd = script("self_distill_roberta")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
+    data, names = sd.load_texts(sd.Args(), tokenizer)
+    texts = {split: [tokenizer.decode(ids, skip_special_tokens=True) for ids in data[split][0]] for split in data}
+    assert names == sorted(sd.LIBRARIES) and [len(texts[split]) for split in ("train", "test")] == [2000, 480]
+    assert set(np.bincount(data["train"][1])) == {250} and set(np.bincount(data["test"][1])) == {60}
+    whole = texts["train"] + texts["test"]
+    assert len(set(whole)) > 2470  # a few differ only after the cut at 128 tokens
+    assert not [text for text in whole if any(name in text.lower().split() for name in sd.LIBRARIES)]
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_other_models_and_a_corpus_shorter_than_a_batch(run, folders, corpus, tmp_path, kind):
+    done = run("further_pretrain_roberta", "--model", folders[kind], "--dataset", corpus, "--run-dir", tmp_path / "run",
+               "--epochs", 2, "--learning-rate", 1e-3)  # fmt: skip
+    assert (tmp_path / "run/model/model.safetensors").exists() and "45 texts" in done.stdout  # of 50, a tenth held out
+
+
+def test_published_roberta_layout_loads_from_a_hub_cache(sd, folders, hub):
+    """roberta-base's file has a pooler and no copy of what is tied; and the name alone finds it, offline."""
+    from safetensors.torch import load_file, save_file
+
+    snapshot = hub / "hub/models--FacebookAI--roberta-base/snapshots" / ("0" * 40)
+    shutil.copytree(folders["roberta"], snapshot)
+    weights = {k: v for k, v in load_file(snapshot / "model.safetensors").items() if not k.startswith("lm_head.decoder")}
+    weights |= {"roberta.pooler.dense.weight": torch.zeros(32, 32), "roberta.pooler.dense.bias": torch.zeros(32)}
+    save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0" * 40)
+    model, tokenizer = sd.load_model(sd.RECIPES["paper"]["model"])
+    assert len(tokenizer) == 96 and model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+    assert model.lm_head.decoder.bias is model.lm_head.bias
+
+
+# ------------------------------------------------------------------------------------------------ faults
+def texts_file(folder, rows):
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def split_folder(folder):
+    for split, label in (("train", "a"), ("test", "z")):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"text": "w1 w2", "label": label}) + "\n")
+    return folder
+
+
+def broken_model(folders, tmp_path, fault):
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaModel
+
+    path = shutil.copytree(folders["roberta"], tmp_path / fault)
+    if fault == "no head":
+        RobertaModel(config("roberta"), add_pooling_layer=False).save_pretrained(path)
+    elif fault == "gpt2":
+        GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)).save_pretrained(path)
+    elif fault == "no mask":
+        word_tokenizer(mask_token=None).save_pretrained(path)
+    else:
+        word_tokenizer(size=60).save_pretrained(path)
+    return path
+
+
+# What is given, and the line that is said; one that ends in "..." goes on with a library's own words.
+FAULTS = {
+    "no such data": (lambda t, f: ("--dataset", "nosuch"), "unknown dataset nosuch: give docstrings, chemprot, acl_arc, "
+                     "scierc, twitter_emotion, a folder, a file, or a Hub id (owner/name)"),
+    "empty file": (lambda t, f: ("--dataset", texts_file(t, [])), "cannot load {dataset}: ..."),
+    "empty column": (lambda t, f: ("--dataset", texts_file(t, [{"text": ""}, {"text": None}, {"text": " "}])),
+                     "{dataset}: column text of train is empty or of special tokens only: there is nothing to learn from"),
+    "special only": (lambda t, f: ("--dataset", texts_file(t, [{"text": "<mask> </s>"}, {"text": "<s>"}])),
+                     "{dataset}: column text of train is empty or of special tokens only: there is nothing to learn from"),
+    "no text column": (lambda t, f: ("--dataset", texts_file(t, [{"body": "w1", "n": 1}])), "{dataset}: no texts in column "
+                       "text or no column None, columns are body, n: see --input-column and --label-column"),
+    "unknown test label": (lambda t, f: ("--dataset", split_folder(t)), "{dataset}: test has labels that train lacks: ['z']"),
+    "no head": (lambda t, f: ("--model", broken_model(f, t, "no head")),
+                "{model} is not a masked language model with its head: no weights for lm_head.bias, ..."),
+    "gpt2": (lambda t, f: ("--model", broken_model(f, t, "gpt2")), "cannot load model {model}: ..."),
+    "no mask": (lambda t, f: ("--model", broken_model(f, t, "no mask")),
+                "the tokenizer of {model} has no mask or no start token, only <s>, </s>, <unk>, <pad>"),
+    "vocabulary": (lambda t, f: ("--model", broken_model(f, t, "vocabulary")),
+                   "{model}: a tokenizer of 60 tokens does not go with a vocabulary of 96"),
+    "share": (lambda t, f: ("--mlm-probability", "0"),
+              "--mlm-probability 0.0 must be in (0, 1], --max-length 512 at least 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(fault, folders, corpus, tmp_path, monkeypatch, capfd):
+    """The script's main part in this process: a fault ends it before it has changed anything here."""
+    flags, message = FAULTS[fault][0](tmp_path, folders), FAULTS[fault][1]
+    given = {"--model": folders["roberta"], "--dataset": corpus, "--run-dir": tmp_path / "run"} | dict([flags])
+    monkeypatch.setattr("sys.argv", ["further_pretrain_roberta.py", *[str(x) for pair in given.items() for x in pair]])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "further_pretrain_roberta.py"), run_name="__main__")
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
+    assert exit.value.code == 2 and len(errors) == 1
+    expected = "error: " + message.format(**{key.strip("-"): value for key, value in given.items()})
+    assert errors[0] == expected or (message.endswith("...") and errors[0].startswith(expected[:-3]))
+    assert not (tmp_path / "run").exists()
