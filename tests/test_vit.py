@@ -407,11 +407,12 @@ def broken(path):
 
 
 def folder_model(path, **config):
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
 
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32,
              "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}  # fmt: skip
     ViTMAEForPreTraining(ViTMAEConfig(**small | config)).save_pretrained(path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(path)
     return path
 
 
