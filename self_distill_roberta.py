@@ -19,11 +19,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -34,20 +37,22 @@ import transformers
 import tyro
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 SCRIPT = Path(__file__)
-# name: (Hub id, configuration, classes, rows of the split "train", of "test", the metric that papers report)
-TEXT_DATASETS = {
-    "docstrings": ("installed packages", None, 8, 2000, 480, "accuracy"),
-    "chemprot": ("zapsdcn/chemprot", None, 13, 4169, 3469, "micro_f1"),
-    "acl_arc": ("zapsdcn/citation_intent", None, 6, 1688, 139, "macro_f1"),
-    "scierc": ("nsusemiehl/SciERC", None, 7, 3219, 974, "macro_f1"),
-    "twitter_emotion": ("cardiffnlp/tweet_eval", "emotion", 4, 3257, 1421, "macro_f1"),
+# name: (Hub id, options, input column, label column, classes, train split, its rows, rows of the split "test")
+TEXT_SETS = {
+    "docstrings": (None, {}, "text", "label", 8, "train", 2000, 480),
+    "chemprot": ("zapsdcn/chemprot", {}, "text", "label", 13, "train", 4169, 3469),
+    "acl_arc": ("zapsdcn/citation_intent", {}, "text", "label", 6, "train", 1688, 139),
+    "scierc": ("nsusemiehl/SciERC", {}, "text", "label", 7, "train", 3219, 974),
+    "twitter_emotion": ("cardiffnlp/tweet_eval", {"name": "emotion"}, "text", "label", 4, "train", 3257, 1421),
 }
+NAMES = list(TEXT_SETS)
 # What a flag left open becomes: the paper's set-up (in its place Gururangan et al. 2020, where the paper follows them), and
 # on the embedded docstrings a small run for a CPU.
 RECIPES = {
@@ -56,7 +61,10 @@ RECIPES = {
     "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "epochs": 3, "batch_size": 32,
                    "learning_rate": 5e-4, "save_every": 100, "eval_every": 160, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
+HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on --resume
+COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples", "max_length")
+LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
+          "mlm_probability": (0.01, 1), "dropout": (0, 0.99)}  # fmt: skip  # all other numbers: at least 0
 KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
 # The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
 LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
@@ -102,6 +110,8 @@ class Args:
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
     """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    debug: bool = False
+    """show the whole traceback of an error instead of one line"""
     # of masked language modelling
     epochs: int | None = None
     """passes over the texts in each round; default by dataset: 100 in the paper"""
@@ -118,12 +128,23 @@ class Args:
     """weight of the reconstruction loss; 0 leaves it out of the rounds of self-distillation"""
     distill_coef: float = 1.0
     """weight of the distance to the teacher; 0 leaves it out"""
+    student_init: Literal["pretrained", "teacher"] = "pretrained"
+    """where each round's student starts: the original weights, as in the paper, or its teacher's, to see why not"""
+    representation: Literal["cls", "mean"] = "cls"
+    """what the distance is taken on: the CLS vector, as in the authors' code, or the mean over the other tokens"""
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
+def complain(message: str) -> None:
+    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
-    """One line on stderr: what is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    """What is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
+    complain(message)
     raise SystemExit(code)
 
 
@@ -133,6 +154,8 @@ def explain(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if "--debug" in sys.argv:
+            raise
         fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
 
 
@@ -140,24 +163,58 @@ def resolve(args: Args) -> Args:
     """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
-    for key in ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"):
-        if (value := getattr(args, key, None)) is not None and value < 1:
-            fail(f"--{key.replace('_', '-')} is {value}, it must be at least 1")
+    for key, value in asdict(args).items():
+        low, high = LIMITS.get(key, (0, inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}" + f" and at most {high}" * (high < inf))
+    if getattr(args, "reconstruction_coef", 1) == getattr(args, "distill_coef", 1) == 0:
+        fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
+    if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
+        fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    if args.resume and (run_dir / "metrics.json").exists():
+    held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    if args.resume and "metrics.json" in held:
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
-    if args.resume and not (run_dir / "resume.pt").exists():
-        fail(f"{run_dir} has no checkpoint to resume from: leave out --resume to start there")
+    ours = all(name.startswith(("events", "round_", "model", "resume", "metrics")) for name in held)
+    if args.resume and not (args.run_dir and ours):
+        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
+    if args.resume and "resume.pt" not in held:  # killed before its first checkpoint, perhaps before anything
+        print(f"{run_dir} has no checkpoint yet: from the start")
     return replace(args, run_dir=str(run_dir))
 
 
+def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
+    """Arguments resolved, device, precision, and which process this is of how many: 0 of 1, or what torchrun says."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: complain(f"{kind.__name__}: {str(error)[:200]} {hint}")
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
+    local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
+    auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
+        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+    args = resolve(args) if rank == 0 else args
+    if world > 1:
+        if args.batch_size and args.batch_size % world:
+            fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
+        args = shared[0]
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    torch.manual_seed(args.seed)
+    return args, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+
+
 def load_checkpoint(args: Args) -> dict:
-    """The state in `resume.pt`, which must be whole and belong to these arguments; empty for a new run."""
-    if not args.resume:
+    """The state in `resume.pt`, which must be whole and belong to these arguments; empty where there is none."""
+    if not args.resume or not (Path(args.run_dir) / "resume.pt").exists():
         return {}
     with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
         state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
@@ -169,20 +226,27 @@ def load_checkpoint(args: Args) -> dict:
 
 def write(path: Path, content: dict) -> None:
     """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:  # a full disk gets its space back
+        temporary.unlink(missing_ok=True)
 
 
 def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
     """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
     temporary = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
-    os.replace(temporary, folder)
+    try:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
@@ -203,6 +267,18 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
+
+
+def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dict[str, float]:
+    """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
+    values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        stop += [signal.SIGTERM] * int(values[-1])
+    values = dict(zip(losses, (values / world).tolist(), strict=False))
+    if not np.isfinite(list(values.values())).all():
+        fail(f"loss not finite: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+    return values
 
 
 # ------------------------------------------------------------------------------------------------ texts, shared
@@ -229,57 +305,71 @@ def docstrings(versions: str) -> Iterator[dict]:
         yield {"text": text, "label": library}
 
 
-def tokenize(batch: dict, column: str, tokenizer: PreTrainedTokenizerBase, length: int) -> dict:
-    """Token ids of some texts, special tokens included, cut at `length`."""
-    return {"ids": tokenizer([text or "" for text in batch[column]], truncation=True, max_length=length)["input_ids"]}
+def docstring_rows(split: str) -> datasets.Dataset:
+    """The embedded texts: built when first asked for, in some ten seconds, then from the cache of `datasets`."""
+    versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
+    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
+    return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
 
 
-def load_texts(args: Args, tokenizer) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
-    """{"train" and "test": (texts, labels)} and the class names.
+def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, length: int) -> dict:
+    """Token ids of some texts, special tokens included, cut at `length`; no text of so many tokens has more characters."""
+    texts = [(text or "")[: 50 * length] for text in batch["input"]]
+    return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
 
-    texts: token ids, (length,) each, made once and kept in the cache of `datasets`. labels: (N,) int, or None.
+
+def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
+    """Token ids, (length,) each, kept in the cache of `datasets`; None for a text for training of special tokens only."""
+    options = {"tokenizer": tokenizer, "length": min(length, tokenizer.model_max_length)}
+    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}", fn_kwargs=options)
+    texts, special = [np.array(ids, np.int64) for ids in part["ids"]], tokenizer.all_special_ids
+    return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
+
+
+def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
+    """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
+
+    embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
+    column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
     Without a test split a tenth of labelled train becomes one, stratified, always the same.
     """
-    name, known, data, names = args.dataset, TEXT_DATASETS.get(args.dataset), {}, []
-    if not known and "/" not in name and not Path(name).exists():
-        fail(f"unknown dataset {name}: give {', '.join(TEXT_DATASETS)}, a folder, a file, or a Hub id (owner/name)")
-    with explain(f"cannot load {name}", "a file of texts, .txt, .csv, .jsonl or .parquet, can be given instead"):
-        if name == "docstrings":
-            versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
-            rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
-            parts = {"train": rows.select(range(2000)), "test": rows.select(range(2000, len(rows)))}
-        elif known:
-            parts = datasets.load_dataset(known[0], known[1])
+    name, known, data, names = args.dataset, table.get(args.dataset), {}, []
+    with explain(f"cannot load {name}", "a folder or file can be given instead"):
+        if known:
+            load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
+            parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         elif Path(name).is_file():
-            parts = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(s := Path(name).suffix[1:], s), data_files=name)
+            kind = Path(name).suffix[1:]
+            parts = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(kind, kind), data_files=name)
         else:
             parts = datasets.load_dataset(name)
-    for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
-        strings = [c for c in part.features if getattr(part.features[c], "dtype", "") in ("string", "large_string")]
-        column = args.input_column or next((c for c in ("text", "sentence", "content") if c in strings), "text")
-        classes = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
-        label = args.label_column or classes[0]
-        if column not in strings or label not in (None, *part.features):
-            fail(f"{name}: no texts in column {column} or no column {label}, columns are {', '.join(part.features)}: "
-                 "see --input-column and --label-column")  # fmt: skip
+    has_test = known or "test" in parts
+    parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    for split, part in [(s, parts[s]) for s in splits if s in parts]:
+        found = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or (known[3] if known else found[0])
+        fitting = [c for c in part.features if suits(part.features[c]) and c != label]
+        usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
+        column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
+        if column not in fitting or label not in (None, *part.features):
+            fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
+                 f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels = [str(value) for value in part[label]] if label else []
         if label and isinstance(part.features[label], datasets.ClassLabel):
             labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
         names = names or sorted(set(labels))
-        if not set(labels) <= set(names):
-            fail(f"{name}: {split} has labels that train lacks: {sorted(set(labels) - set(names))[:5]}")
-        if known and (len(part), len(set(names))) != (rows := known[3 + (split == "test")], known[2]):
-            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[2]}")
-        options = {"column": column, "tokenizer": tokenizer, "length": min(args.max_length, tokenizer.model_max_length)}
-        part = part.map(tokenize, batched=True, remove_columns=part.column_names, desc=f"tokenize {split}", fn_kwargs=options)
-        texts = [np.array(ids, np.int64) for ids in part["ids"]]
-        kept = [i for i, ids in enumerate(texts) if split == "test" or not np.isin(ids, tokenizer.all_special_ids).all()]
-        if not kept:
+        if odd := sorted(set(labels) - set(names)):
+            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
+        if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
+            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
+        with explain(f"cannot load {name}", "mend or remove it"):
+            samples = prepare(part.select_columns(column).rename_column(column, "input"), split)
+        if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
             fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
-        if len(kept) < len(texts):
-            print(f"{name}: {len(texts) - len(kept)} texts of {split} are empty and left out")
-        data[split] = [texts[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if "test" not in data and data["train"][1] is not None:
+        if len(kept) < len(samples):
+            print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
+        data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
+    if not has_test and data["train"][1] is not None:
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
@@ -287,11 +377,11 @@ def load_texts(args: Args, tokenizer) -> tuple[dict[str, tuple[list[np.ndarray],
     return data, names
 
 
-def split_rows(images: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
+def split_rows(samples: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
     """Two disjoint parts, seeded, stratified by the labels where there are any."""
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
-        parts = train_test_split(np.arange(len(images)), stratify=labels, random_state=seed, **size)
-    return tuple(([images[i] for i in part], None if labels is None else labels[part]) for part in parts)
+        parts = train_test_split(np.arange(len(samples)), stratify=labels, random_state=seed, **size)
+    return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
 
 
 def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -303,42 +393,51 @@ def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndar
     return ids, attention
 
 
-def batches_of_an_epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def batches_of_an_epoch(lengths: np.ndarray, batch_size: int, seed: list[int]) -> list[np.ndarray]:
     """Row numbers of each batch: every row once, in random order, but texts of similar length together, to pad little."""
-    n, window = len(lengths), 50 * batch_size  # sorted within 50 batches: enough for equal lengths, still mixed well
-    order = rng.permutation(n)
+    n, window, rng = len(lengths), 50 * batch_size, np.random.default_rng(seed)
+    order = rng.permutation(n)  # sorted within 50 batches: enough for equal lengths, still mixed well
     order = np.concatenate([part[lengths[part].argsort(kind="stable")] for part in np.split(order, range(window, n, window))])
     batches = np.split(order, range(batch_size, n, batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng: np.random.Generator) -> tuple:
-    """Masked copy of ids (B, L), and the flat positions (M,) to predict: 80 % become <mask>, 10 % another token, 10 % stay.
+    """Masked copy of ids (B, L), and True where they are to be predicted: 80 % become <mask>, 10 % another token, 10 % stay.
 
     plain: (vocabulary,), True for ordinary tokens; special ones and padding are neither chosen nor put in place of others.
     """
     chosen, how = (rng.random(ids.shape) < share) & plain[ids], rng.random(ids.shape)
     masked = np.where(chosen & (how < 0.8), mask, ids)
     masked = np.where(chosen & (how >= 0.9), rng.choice(np.flatnonzero(plain), ids.shape), masked)
-    return masked, np.flatnonzero(chosen)
+    return masked, chosen
 
 
-def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None) -> dict[str, torch.Tensor]:
-    """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy."""
+def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None, rank=0, world=1) -> dict:
+    """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy,
+    `where` (M,), the flat positions to predict, and the batch's count of them and of texts, for each of `world` processes.
+
+    Each process takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it.
+    """
     first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     ids, attention = pad(texts, rows, tokenizer.pad_token_id or 0)
     batch = {"ids": ids, "attention": attention, "start": (ids == first).argmax(1)}
     if rng:
-        batch["masked"], batch["where"] = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
-    return {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
+        batch["masked"], chosen = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
+    batch = {key: torch.from_numpy(value[rank::world]).to(device) for key, value in batch.items()}
+    if rng:
+        batch["where"] = torch.from_numpy(np.flatnonzero(chosen[rank::world])).to(device)
+        batch |= {"tokens": max(chosen.sum() / world, 1), "texts": len(ids) / world}
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A masked language model of any kind, from safetensors, in fp32, with no weight missing; and its tokenizer."""
     with explain(f"cannot load model {source}", "a masked language model's folder with tokenizer can be given instead"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForMaskedLM.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False)  # fmt: skip
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
     if tokenizer.mask_token_id is None or (tokenizer.cls_token_id is None and tokenizer.bos_token_id is None):
@@ -360,24 +459,27 @@ def masked_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tor
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[batch["where"]][None]  # (1, M, D)
         return output
 
-    with model.base_model.register_forward_hook(gather):
+    with getattr(model, "module", model).base_model.register_forward_hook(gather):  # within DistributedDataParallel, too
         return model(input_ids=batch["masked"], attention_mask=batch["attention"]).logits[0].float()
 
 
-def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Final hidden states (B, D) at <s> (or what the tokenizer has in its place) of the unmasked texts."""
+def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representation: str = "cls") -> torch.Tensor:
+    """Final hidden states (B, D) at <s> (or what the tokenizer has in its place) of unmasked texts. Or the tokens' mean."""
     hidden = model.base_model(input_ids=batch["ids"], attention_mask=batch["attention"]).last_hidden_state  # (B, L, D)
-    return hidden[torch.arange(len(hidden), device=hidden.device), batch["start"]].float()
+    if representation == "cls":
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch["start"]].float()
+    weights = batch["attention"][..., None] / batch["attention"].sum(dim=1)[:, None, None]  # (B, L, 1): 0 on padding
+    return (hidden.float() * weights).sum(dim=1)
 
 
 @torch.no_grad()
-def encode_all(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, autocast: torch.autocast) -> torch.Tensor:
-    """Their vectors at <s>, (N, D), in eval mode."""
+def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, representation: str = "cls") -> torch.Tensor:
+    """Their vectors, (N, D), in eval mode."""
     model.eval()
     order = np.argsort([len(ids) for ids in texts], kind="stable")
+    parts = np.split(order, range(128, len(order), 128))
     with autocast:
-        parts = np.split(order, range(128, len(order), 128))
-        vectors = torch.cat([encode(model, collate(texts, rows, tokenizer, model.device)) for rows in parts])
+        vectors = torch.cat([encode(model, collate(texts, rows, tokenizer, model.device), representation) for rows in parts])
     model.train()
     return vectors[torch.from_numpy(order.argsort()).to(vectors.device)]
 
@@ -417,10 +519,11 @@ def update(model, optimizer, scheduler, batch, autocast, teacher_cls, args) -> d
     teacher_cls: (B, D), the teacher's <s> vectors of the same unmasked texts; None in round 0, which is Algorithm 2."""
     with autocast:
         truth = batch["ids"].flatten()[batch["where"]]  # (M,)
-        mlm = cross_entropy(masked_logits(model, batch), truth, reduction="sum") / max(len(truth), 1)  # no token, no loss
+        mlm = cross_entropy(masked_logits(model, batch), truth, reduction="sum") / batch["tokens"]
         losses = {"losses/mlm": mlm, "losses/total": mlm}
         if teacher_cls is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' ViT code
-            distill = (encode(model, batch) - teacher_cls).pow(2).sum(dim=1).mean()
+            student_cls = encode(getattr(model, "module", model), batch, args.representation)
+            distill = (student_cls - teacher_cls).pow(2).sum() / batch["texts"]
             total = args.reconstruction_coef * mlm + args.distill_coef * distill
             losses |= {"losses/distill": distill, "losses/total": total}
     losses["losses/total"].backward()
@@ -432,26 +535,25 @@ def update(model, optimizer, scheduler, batch, autocast, teacher_cls, args) -> d
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    args = resolve(tyro.cli(Args, description=__doc__))
-    if not 0 < args.mlm_probability <= 1 or args.max_length < 3:
-        fail(f"--mlm-probability {args.mlm_probability} must be in (0, 1], --max-length {args.max_length} at least 3")
-    torch.manual_seed(args.seed)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    args, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
     state = load_checkpoint(args)
     model, tokenizer = load_model(args.model)
     teacher, words = load_model(args.teacher) if args.teacher else (None, None)
     if teacher and ([p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]
                     or words.get_vocab() != tokenizer.get_vocab()):  # fmt: skip
         fail(f"--teacher {args.teacher} has another shape or tokenizer than --model {args.model}: the two must be of one kind")
-    data, names = load_texts(args, tokenizer)
+    if rank > 0:  # rank 0 first, then the others, who find the cache filled
+        torch.distributed.barrier()
+    data, names = load_data(
+        args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
+        partial(tokenize_all, tokenizer=tokenizer, length=args.max_length), ("train",)
+    )  # fmt: skip
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
     texts, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
     n, lengths = len(texts), np.array([len(ids) for ids in texts])
+    if 0 < n % args.batch_size < world:
+        fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
     plain = np.zeros(model.config.vocab_size, bool)  # (vocabulary,): the tokens that may be masked
     plain[list(tokenizer.get_vocab().values())] = True
     plain[tokenizer.all_special_ids] = False
@@ -463,16 +565,19 @@ if __name__ == "__main__":
     steps = args.epochs * -(-n // args.batch_size)  # of each round
     total_steps = (args.rounds + 1 - first) * steps
     run_dir = Path(args.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(run_dir, purge_step=start + 1)  # what a cut-off run logged after its checkpoint
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
-    print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, {sum(p.numel() for p in model.parameters()):,} "
-          f"weights, {device}" + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
+    if rank == 0:
+        with explain(f"cannot write to {run_dir}", "give another --run-dir"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
+        print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, "
+              f"{sum(p.numel() for p in model.parameters()):,} weights, {device}"
+              + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    probe = labels is not None and args.eval_every > 0
+    probe = labels is not None and args.eval_every > 0 and rank == 0
     fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 200)).astype(int)]  # what the masked accuracy is measured on
     if probe and start == 0:
         vectors = encode_all(model, texts[:KNN_TEXTS], tokenizer, autocast)
@@ -481,50 +586,54 @@ if __name__ == "__main__":
         model.load_state_dict(state["model"])
     if args.compile:
         model.compile()
-    bar = tqdm(total=total_steps, initial=start, desc="self-distil", unit="step", dynamic_ncols=True)
+    spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
+    bar = tqdm(total=total_steps, initial=start, desc="self-distil", unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
         t, i = first + step // steps, step % steps  # step i of round t
         if i == 0 or step == start:
             if t > first:
+                if world > 1:
+                    torch.distributed.barrier()  # until it is saved
                 teacher = load_model(f"{run_dir}/round_{t - 1}")[0]
             teacher_cls = None
             if t > 0:  # no dropout in eval mode, so the teacher's vectors are constants: once a round, not at each step
-                teacher_cls = encode_all(teacher.to(device), texts, tokenizer, autocast)  # (N, D)
+                teacher_cls = encode_all(teacher.to(device), texts, tokenizer, autocast, args.representation)  # (N, D)
                 spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
-                    writer.add_scalar("eval/knn_accuracy_teacher", knn_accuracy(teacher_cls[:KNN_TEXTS], labels), step)
+                    cls = args.representation == "cls"
+                    vectors = teacher_cls if cls else encode_all(teacher, texts[:KNN_TEXTS], tokenizer, autocast)
+                    writer.add_scalar("eval/knn_accuracy_teacher", knn_accuracy(vectors[:KNN_TEXTS], labels), step)
+            # The student starts from the pre-trained weights, not from the last round's.
+            model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
-            model.load_state_dict(original)  # the student starts from the pre-trained weights, not from the last round's
-            rngs = [np.random.default_rng([args.seed, t, 0, e]) for e in range(args.epochs)]
-            order = [rows for rng in rngs for rows in batches_of_an_epoch(lengths, args.batch_size, rng)]
+            epochs = [[args.seed, t, 0, e] for e in range(args.epochs)]
+            order = [rows for seed in epochs for rows in batches_of_an_epoch(lengths, args.batch_size, seed)]
             optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             for name, part in parts.items() if state and i > 0 else ():
                 part.load_state_dict(state[name])
         rng = np.random.default_rng([args.seed, t, 1, i])  # of the masks, and of dropout: a resumed run draws the same
-        torch.manual_seed(int(rng.integers(2**62)))
-        batch = collate(texts, order[i], tokenizer, device, plain, args.mlm_probability, rng)
-        target = None if teacher_cls is None else teacher_cls[order[i]]
-        losses = update(model, optimizer, scheduler, batch, autocast, target, args)
+        torch.manual_seed(int(rng.integers(2**62)) + rank)
+        batch = collate(texts, order[i], tokenizer, device, plain, args.mlm_probability, rng, rank, world)
+        target = None if teacher_cls is None else teacher_cls[order[i][rank::world]]
+        losses = update(spread_out, optimizer, scheduler, batch, autocast, target, args)
         bar.update()
         done = step + 1
-        save = i + 1 == steps or stop or (args.save_every and done % args.save_every == 0)
+        save = done % steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
-            values = {key: value.item() for key, value in losses.items()}
-            if not np.isfinite(list(values.values())).all():
-                bar.close()
-                fail(f"loss not finite at step {done}: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+            values, save = average(losses, stop, world), save or stop
             if t > 0:
-                values["charts/distill_unexplained"] = values["losses/distill"] / spread
+                values["charts/distill_unexplained"] = values["losses/distill"] / max(spread, 1e-12)
             values["charts/learning_rate"] = scheduler.get_last_lr()[0]
-            values["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()) - encoder).norm().item()
+            weights = parameters_to_vector(model.base_model.parameters())
+            values["charts/distance_from_init"] = (weights - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.epochs * n / steps / (time.time() - tick)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
-            for key, value in values.items():
+            for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
             tick, ticked = time.time(), done
-        if args.eval_every and (done % args.eval_every == 0 or i + 1 == steps):
+        if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % steps == 0):
             if probe:
                 vectors = encode_all(model, texts[:KNN_TEXTS], tokenizer, autocast)
                 writer.add_scalar("eval/knn_accuracy", knn_accuracy(vectors, labels), done)
@@ -532,17 +641,20 @@ if __name__ == "__main__":
             writer.add_scalar("eval/masked_accuracy", accuracy, done)
             writer.add_text("eval/guesses", table, done)
             tick, ticked = time.time(), done
-        if i + 1 == steps:
+        if rank == 0 and i + 1 == steps:
             save_model(model, tokenizer, run_dir / f"round_{t}")
-        if save:
+        if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
             state |= {"seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
-        if stop and done < total_steps:
-            bar.close()
+        if stop and save and done < total_steps:
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        raise SystemExit(0)
     writer.close()
     save_model(model, tokenizer, run_dir / "model")
     parent = f"{args.model}, teacher {args.teacher or 'round 0'}"

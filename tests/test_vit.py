@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, images_of
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_two_backward_passes_with_a_live_teacher(sd, batc
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     images = [(p * 50 + 128).clamp(0, 255).byte().numpy() for p in pixels]
     norm = torch.zeros(2, 3, 1, 1) + torch.tensor([0.5, 0.25]).view(2, 1, 1, 1)
-    pixels = sd.take(images, np.arange(4), norm)
+    pixels = sd.take(images, np.arange(4), norm, 64)
     constants = sd.encode_all(teacher.vit, images, 4, norm, FP32)
 
     args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0, reconstruction_coef=0.5, distill_coef=2.0)
@@ -201,7 +201,8 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs):
     assert metrics["stage"] == "further_pretrain_vit" and metrics["parent"] == str(TINY)
     assert metrics["args"]["steps"] == 30 and set(metrics["versions"]) == {"torch", "torchvision", "transformers", "datasets"}
     assert metrics["final"]["losses/reconstruction"] == pytest.approx(scalars["losses/reconstruction"][-1][1])
-    assert done.stdout.strip().splitlines()[-1].strip() == f"python finetune.py --dataset mnist5k --model {run_dir}/model"
+    assert done.stdout.strip().splitlines()[-1].strip() == (
+        f"python self_distill_vit.py --dataset mnist5k --teacher {run_dir}/model")  # fmt: skip
 
 
 def test_self_distillation_is_round_0_plus_rounds(runs):
@@ -224,13 +225,13 @@ def test_each_round_starts_a_student_from_the_original_weights(run, sd, tmp_path
     """Rounds of one step each are replayed here by hand from the original weights, with the last round as teacher."""
     flags = ("--steps", 1, "--rounds", 2, "--batch-size", 8, "--learning-rate", 1e-3, "--eval-every", 0)
     run("self_distill_vit", "--run-dir", tmp_path / "run", *flags)
-    data, _ = sd.load_images(sd.resolve(sd.Args(run_dir=str(tmp_path / "x"))), 64)
+    data, _ = images_of(sd, sd.resolve(sd.Args(run_dir=str(tmp_path / "x"))), 28)
     images, norm = data["train"][0], torch.tensor(IMAGENET)[..., None, None]
     args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0)
     for t in range(3):
         rows = np.random.default_rng([1, t, 0, 0]).permutation(len(images))[:8]
         noise = torch.from_numpy(np.random.default_rng([1, t, 1, 0]).random((8, 64), np.float32))
-        student, teacher_cls, pixels = tiny(sd), None, sd.take(images, rows, norm)
+        student, teacher_cls, pixels = tiny(sd), None, sd.take(images, rows, norm, 64)
         if t:
             teacher, _ = sd.load_model(str(tmp_path / f"run/round_{t - 1}"), 0.75)
             with torch.no_grad():
@@ -352,7 +353,7 @@ def test_a_known_set_with_other_counts_is_refused(hub, sd, monkeypatch, capsys):
     prepared_hub(hub, sd)
     monkeypatch.setitem(sd.IMAGE_SETS, "cub", (*sd.IMAGE_SETS["cub"][:6], 6000, 5794))
     with pytest.raises(SystemExit) as stopped:
-        sd.load_images(sd.Args(dataset="cub"), 32)
+        images_of(sd, sd.Args(dataset="cub"), 32)
     line = "error: cub from bentrevett/caltech-ucsd-birds-200-2011, train: 5994 rows of 200 classes, expected 6000 of 200\n"
     assert stopped.value.code == 2 and capsys.readouterr().err.endswith(line)
 
@@ -369,10 +370,10 @@ def image_folder(path, classes=("a", "b"), n=12, mode="RGB"):
 
 def test_own_folder_with_classes_gets_a_stratified_test_split(script, tmp_path, capsys):
     ft = script("finetune")
-    data, names = ft.load_images(ft.Args(dataset=str(image_folder(tmp_path / "photos", n=20))), 32)
+    data, names = images_of(ft, ft.Args(dataset=str(image_folder(tmp_path / "photos", n=20))), 32)
     assert names == ["a", "b"] and "has no test split" in capsys.readouterr().out
     assert [len(images) for images, _ in data.values()] == [36, 4] and list(np.bincount(data["test"][1])) == [2, 2]
-    again, _ = script("further_pretrain_vit").load_images(ft.Args(dataset=str(tmp_path / "photos"), seed=7), 32)
+    again, _ = images_of(script("further_pretrain_vit"), ft.Args(dataset=str(tmp_path / "photos"), seed=7), 32)
     assert all(np.array_equal(a, b) for a, b in zip(again["test"][0], data["test"][0], strict=True))  # the same in each stage
 
 
@@ -392,7 +393,7 @@ def test_grey_palette_rgba_cmyk_16_bit_and_rotated_images(sd, tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6  # "rotate by 90 degrees to look at it"
     turned.save(tmp_path / "odd/turned.jpg", exif=exif)
-    data, _ = sd.load_images(sd.Args(dataset=str(tmp_path / "odd")), 32)
+    data, _ = images_of(sd, sd.Args(dataset=str(tmp_path / "odd")), 32)
     images, labels = data["train"]
     assert len(images) == 7 and labels is None
     for image in images:
@@ -461,7 +462,6 @@ BAD = {
     "steps": ("finetune", lambda p: ("--steps", 0), "--steps is 0, it must be at least 1"),
     "rounds": ("self_distill_vit", lambda p: ("--rounds", 0), "--rounds is 0, it must be at least 1"),
     "batch size": ("further_pretrain_vit", lambda p: ("--batch-size", -1), "--batch-size is -1, it must be at least 1"),
-    "nothing to resume": ("self_distill_vit", lambda p: ("--resume",), "has no checkpoint to resume from"),
     "one class": ("finetune", lambda p: ("--dataset", image_folder(p / "d", ("a",)), "--model", TINY),
                   "has 0 classes: fine-tuning needs labels of at least two"),
     "device": ("further_pretrain_vit", lambda p: ("--device", "abacus"), "--device abacus is not to be had here"),

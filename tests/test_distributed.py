@@ -1,0 +1,74 @@
+"""Two processes share a batch and end where one does, to fp32 rounding."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_roberta import config, word_tokenizer
+
+VIT = ROOT / "pretrained/vit-mae-tiny"
+
+
+@pytest.fixture(scope="module")
+def inputs(hub, tmp_path_factory):
+    """A RoBERTa without dropout, whose draws differ from process to process, and texts; 22 of them: the last batch has 6."""
+    from transformers import RobertaForMaskedLM
+
+    base = tmp_path_factory.mktemp("distributed")
+    shape = config("roberta")
+    shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = 0.0
+    RobertaForMaskedLM(shape).save_pretrained(base / "model")
+    word_tokenizer().save_pretrained(base / "model")
+    rng = np.random.default_rng(0)
+    (base / "texts").mkdir()
+    for split, n in (("train", 22), ("test", 4)):
+        rows = [{"text": " ".join(f"w{i}" for i in rng.integers(0, 90, 3 + i)), "label": "ab"[i % 2]} for i in range(n)]
+        (base / f"texts/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = ["--model", VIT, "--max-train-samples", 40, "--steps", 6]
+    texts = ["--model", base / "model", "--dataset", base / "texts", "--epochs", 2]
+    return {"further_pretrain_vit": images, "self_distill_vit": images, "finetune": [*images, "--dropout", 0.0],
+            "further_pretrain_roberta": texts, "self_distill_roberta": texts, "finetune texts": texts}  # fmt: skip
+
+
+STAGES = ["self_distill_vit", "self_distill_roberta", "finetune texts",
+          *(pytest.param(s, marks=pytest.mark.slow) for s in ("further_pretrain_vit", "further_pretrain_roberta", "finetune"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
+    name = stage.split()[0]
+    flags = [*inputs[stage], "--batch-size", 8, "--learning-rate", 1e-4, "--log-every", 1, "--eval-every", 0]
+    run(name, *flags, "--run-dir", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / f"{name}.py"), *map(str, flags)]
+    done = subprocess.run([*command, "--run-dir", str(tmp_path / "two")], capture_output=True, text=True, cwd=hub)
+    assert done.returncode == 0, done.stderr[-3000:]
+    curves = {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for kind in ("one", "two"):
+        assert len(list((tmp_path / kind).glob("events*"))) == 1  # rank 0 alone writes
+        events = EventAccumulator(str(tmp_path / kind)).Reload()
+        curves[kind] = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "per_sec" not in tag}
+    assert curves["one"].keys() == curves["two"].keys() and len(curves["one"]["losses/total"]) >= 6
+    for tag, values in curves["one"].items():
+        np.testing.assert_allclose(curves["two"][tag], values, rtol=2e-3, atol=1e-6, err_msg=tag)
+    np.testing.assert_allclose(curves["two"]["losses/total"][0], curves["one"]["losses/total"][0], rtol=1e-5)
+    one, two = (load_file(tmp_path / kind / "model/model.safetensors") for kind in ("one", "two"))
+    for key in one:  # Adam's first steps are lr * sign(gradient): a gradient of all but zero may go either way,
+        if key.endswith("key.bias"):  # and this one is zero: softmax does not see what all keys have in common
+            continue
+        off = ((one[key] - two[key]).abs() > 2e-6).float().mean().item()
+        assert off < 0.02, f"{key}: {off:.1%} of the weights are elsewhere"
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(hub, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "further_pretrain_vit.py"), "--batch-size", "7"]
+    done = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], capture_output=True, text=True, cwd=hub)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: --batch-size 7 is for all processes together: it must be a multiple of 2" in done.stderr

@@ -1,0 +1,401 @@
+"""A run that is cut off at any moment goes on to the same bits; nothing that is passed in does harm or leaves half a result.
+
+The quick part is run by default. The whole, every kill of every script, is `pytest tests/test_faults.py --slow`.
+"""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+VIT, ROBERTA = ROOT / "pretrained/vit-mae-tiny", ROOT / "pretrained/roberta-tiny"
+QUICK = {"--log-every": 1, "--save-every": 3, "--eval-every": 0}
+
+
+@pytest.fixture(scope="module")
+def zygote(hub):
+    """start(script, flags, hook) -> (exit code, moments passed, what was said), each in a fork of a process that is warm."""
+    command = [sys.executable, str(ROOT / "tests/zygote.py")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    count = itertools.count()
+
+    def start(script, run_dir, flags, hook=None, cache=None, resume=False):
+        argv = ["--run-dir", str(run_dir), *[str(x) for pair in flags.items() for x in pair], *["--resume"] * resume]
+        log = hub / f"log{next(count)}"
+        job = {"script": str(ROOT / f"{script}.py"), "argv": argv, "log": str(log), "hook": hook or {}, "cache": cache}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        return answer["code"], answer["passed"], log.read_text(errors="replace").replace("\r", "\n")
+
+    yield start
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def stages(hub, tmp_path_factory):
+    """{script: flags} of a small run of each, on 24 images or texts of our own."""
+    rng, base = np.random.default_rng(0), tmp_path_factory.mktemp("own")
+    for name in "ab":
+        (base / "photos/train" / name).mkdir(parents=True)
+        (base / "photos/test" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(base / f"photos/train/{name}/{i}.png")
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(base / f"photos/test/{name}/0.png")
+    (base / "texts").mkdir()
+    for split, n in (("train", 24), ("test", 4)):
+        rows = [{"text": " ".join(rng.choice("the a of model loss is not we this".split(), 9)), "label": "xy"[i % 2]} for i in range(n)]
+        (base / f"texts/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = {"--dataset": base / "photos", "--model": VIT, "--batch-size": 4, "--steps": 8} | QUICK
+    texts = {"--dataset": base / "texts", "--model": ROBERTA, "--batch-size": 4, "--epochs": 2} | QUICK
+    return {
+        "further_pretrain_vit": images, "self_distill_vit": images | {"--steps": 5, "--rounds": 2},
+        "further_pretrain_roberta": texts, "self_distill_roberta": texts | {"--epochs": 1, "--rounds": 2},
+        "finetune": images | {"--dropout": 0.1}, "finetune on texts": texts, "finetune by recadam": images | {"--method": "recadam"},
+    }  # fmt: skip
+
+
+def result(run_dir):
+    """Final weights, final numbers, curves: all that an undisturbed run and a resumed one must agree on to the bit."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "per_second" not in tag}
+    final = json.loads((run_dir / "metrics.json").read_text())["final"]
+    return load_file(run_dir / "model/model.safetensors"), {k: v for k, v in final.items() if "per_second" not in k}, curves
+
+
+def agree(one, two):
+    assert one[0].keys() == two[0].keys() and all(torch.equal(one[0][key], two[0][key]) for key in one[0])
+    assert one[1] == two[1]
+    assert one[2] == two[2]  # no gap in a curve, no step twice
+    steps = [step for step, _ in two[2]["losses/total"]]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+SCRIPTS = ["further_pretrain_vit", "self_distill_vit", "further_pretrain_roberta", "self_distill_roberta", "finetune"]
+CASES = [pytest.param(name, 3) for name in SCRIPTS] + [
+    pytest.param(name, 22, marks=pytest.mark.slow) for name in (*SCRIPTS, "finetune on texts", "finetune by recadam")
+]
+
+
+@pytest.mark.parametrize(("stage", "kills"), CASES)
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(zygote, stages, tmp_path, stage, kills):
+    script, flags = stage.split()[0], stages[stage]
+    code, passed, said = zygote(script, tmp_path / "whole", flags)
+    assert code == 0, said[-2000:]
+    undisturbed = result(tmp_path / "whole")
+    assert {"step", "half a checkpoint", "before sync", "before rename to resume.pt", "model saved"} < set(passed)
+    kinds = {}
+    for at, name in enumerate(passed, 1):
+        kinds.setdefault(name, []).append(at)
+    moments = {ats[-1] for ats in kinds.values()} if kills > 10 else set()  # one of each kind,
+    rest = sorted(set(range(1, len(passed) + 1)) - moments)
+    random.Random(stage).shuffle(rest)
+    moments |= set(rest[: max(kills - len(moments), 0)])  # and others, each script its own
+    assert len(moments) >= min(kills, 20)
+    for at in sorted(moments):
+        run_dir = tmp_path / f"killed_{at}"
+        code, _, _ = zygote(script, run_dir, flags, {"kind": "kill", "at": at})
+        assert code == -9
+        code, _, said = zygote(script, run_dir, flags, resume=True)
+        assert code == 0, (at, passed[at - 1], said[-2000:])
+        if not said.startswith(f"{run_dir} is complete"):
+            agree(undisturbed, result(run_dir))
+        left = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
+        assert left <= {"model", "metrics.json", "round_0", "round_1", "round_2"}, (passed[at - 1], left)
+
+
+def test_killed_twice_and_asked_to_stop_once(zygote, stages, tmp_path):
+    flags = stages["self_distill_vit"]
+    zygote("self_distill_vit", tmp_path / "whole", flags)
+    steps = [i for i, name in enumerate(zygote("self_distill_vit", tmp_path / "count", flags)[1], 1) if name == "step"]
+    code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, {"kind": "term", "at": steps[1]})
+    assert code == 1
+    expected = f"error: stopped by a signal at step 2, saved: go on with --run-dir {tmp_path}/cut --resume"
+    assert said.splitlines()[-1] == expected
+    for _ in range(2):
+        code, _, _ = zygote("self_distill_vit", tmp_path / "cut", flags, {"kind": "kill", "at": 9}, resume=True)
+        assert code == -9
+    code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, resume=True)
+    assert code == 0, said
+    agree(result(tmp_path / "whole"), result(tmp_path / "cut"))
+    code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, resume=True)
+    assert code == 0 and said.startswith(f"{tmp_path}/cut is complete: nothing to resume")
+
+
+@pytest.mark.parametrize("stage", ["further_pretrain_vit", "finetune on texts"])
+def test_killed_while_the_data_is_made_ready(zygote, stages, tmp_path, stage):
+    script, flags, cache = stage.split()[0], stages[stage], str(tmp_path / "cache")
+    zygote(script, tmp_path / "whole", flags)
+    hook = {"kind": "kill", "at": 7, "decode": True} if "vit" in stage else {"kind": "kill", "at": 1}
+    code, passed, _ = zygote(script, tmp_path / "cut", flags, hook, cache)
+    assert code == -9
+    code, _, said = zygote(script, tmp_path / "cut", flags, cache=cache, resume=True)
+    assert code == 0 and "has no checkpoint yet: from the start" in said, said[-1000:]
+    agree(result(tmp_path / "whole"), result(tmp_path / "cut"))
+
+
+# ------------------------------------------------------------------------------------------------ faults under way
+FAULTS = {
+    "disk full": ("full", "error: "),
+    "directory gone": ("delete", "error: FileNotFoundError: "),
+    "out of memory": ("memory", "error: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total "
+                      "capacity of ... (if memory ran out, try a smaller --batch-size; --debug shows where)"),
+    "not finite": ("nan", "error: loss not finite: the last checkpoint is kept, try a lower --learning-rate. "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", ["further_pretrain_vit", "self_distill_roberta", "finetune"])
+def test_a_fault_ends_in_one_line_and_keeps_the_last_checkpoint(zygote, stages, tmp_path, fault, stage):
+    kind, line = FAULTS[fault]
+    flags = stages[stage]
+    _, passed, _ = zygote(stage, tmp_path / "whole", flags)
+    undisturbed = result(tmp_path / "whole")
+    at = [i for i, name in enumerate(passed, 1) if name == "step"][4]  # the fifth: the first checkpoint is at the third
+    code, _, said = zygote(stage, tmp_path / "run", flags, {"kind": kind, "at": at})
+    errors = [text for text in said.splitlines() if "error" in text.lower()]
+    assert code == 1 and "Traceback" not in said
+    assert errors and errors[-1].startswith(line), said[-1500:]
+    assert kind != "full" or "File too large" in errors[-1]
+    if kind == "delete":
+        assert not (tmp_path / "run").exists()
+        return
+    assert not (tmp_path / "run/metrics.json").exists() and not list((tmp_path / "run").glob("*.tmp"))
+    assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == 3
+    code, _, said = zygote(stage, tmp_path / "run", flags, resume=True)
+    assert code == 0, said[-1500:]
+    agree(undisturbed, result(tmp_path / "run"))
+
+
+def test_a_truncated_checkpoint_is_named_and_not_half_loaded(zygote, stages, tmp_path):
+    flags, run_dir = stages["further_pretrain_vit"], tmp_path / "run"
+    zygote("further_pretrain_vit", run_dir, flags, {"kind": "kill", "at": 9})
+    whole = (run_dir / "resume.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"\x80\x04cposix\nsystem\n"):  # the last is a pickle that would run a command
+        (run_dir / "resume.pt").write_bytes(content)
+        code, _, said = zygote("further_pretrain_vit", run_dir, flags, resume=True)
+        assert code == 2 and said.splitlines()[-1].startswith(f"error: {run_dir}/resume.pt is not a whole checkpoint: ")
+        assert (run_dir / "resume.pt").read_bytes() == content and not (run_dir / "model").exists()
+
+
+def test_other_arguments_are_named_and_refused_but_for_harmless_ones(zygote, stages, tmp_path):
+    flags, run_dir = stages["further_pretrain_roberta"], tmp_path / "run"
+    zygote("further_pretrain_roberta", run_dir, flags, {"kind": "kill", "at": 9})
+    code, _, said = zygote("further_pretrain_roberta", run_dir, flags | {"--learning-rate": 0.5}, resume=True)
+    assert code == 2
+    assert said.splitlines()[-1] == "error: this run began with --learning-rate 0.0001, not 0.5: give the same again"
+    code, _, said = zygote("further_pretrain_roberta", run_dir, flags | {"--log-every": 2, "--save-every": 5}, resume=True)
+    assert code == 0, said
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    flags = ("--dataset", tmp_path, "--run-dir", tmp_path / "run")
+    assert "Traceback" not in run("further_pretrain_vit", *flags, code=2).stderr
+    assert "Traceback (most recent call last)" in run("further_pretrain_vit", *flags, "--debug", code=1).stderr
+
+
+# ------------------------------------------------------------------------------------------------ hostile and mistaken input
+def bomb(path):
+    """A PNG of a few kilobytes that says it is 60,000 by 60,000 pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    path.mkdir()
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (path / "bomb.png").write_bytes(png)
+    return path
+
+
+def pickled(path):
+    """A model folder whose weights are a pickle."""
+    path.mkdir()
+    (path / "config.json").write_text((VIT / "config.json").read_text())
+    (path / "preprocessor_config.json").write_text((VIT / "preprocessor_config.json").read_text())
+    torch.save({"x": torch.zeros(1)}, path / "pytorch_model.bin")
+    return path
+
+
+def with_code(path):
+    """A model that wants to run code of its own."""
+    path.mkdir()
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Model"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "evil.py").write_text("raise SystemExit('code of a download was run')")
+    return path
+
+
+def csv(path, text):
+    path.write_text(text)
+    return path
+
+
+def photos(path, n=4, name="a"):
+    for label in (name, "b"):
+        (path / label).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(np.full((9, 9, 3), i, np.uint8)).save(path / label / f"{i}.png")
+    return path
+
+
+V, R, F = "self_distill_vit", "self_distill_roberta", "finetune"
+LOW = {"--steps": 1, "--batch-size": 1, "--rounds": 1, "--log-every": 1, "--max-train-samples": 1}
+BAD = {  # script, flags, how the line begins, after "error: "
+    **{f"{flag} {low - 1}": (V, lambda p, f=flag, n=low - 1: {f: n}, f"{flag} is {low - 1}, it must be at least {low}")
+       for flag, low in LOW.items()},
+    "epochs": (R, lambda p: {"--epochs": 0}, "--epochs is 0, it must be at least 1"),
+    "max length": (R, lambda p: {"--max-length": 0}, "--max-length is 0, it must be at least 1"),
+    "negative rate": (V, lambda p: {"--learning-rate": -0.1}, "--learning-rate is -0.1, it must be at least 0 and at most 1"),
+    "rate of 2": (R, lambda p: {"--learning-rate": 2.0}, "--learning-rate is 2.0, it must be at least 0 and at most 1"),
+    "nan rate": (F, lambda p: {"--learning-rate": "nan"}, "--learning-rate is nan, it must be at least 0 and at most 1"),
+    "warm-up": (F, lambda p: {"--warmup-ratio": 1.5}, "--warmup-ratio is 1.5, it must be at least 0 and at most 1"),
+    "mask all": (V, lambda p: {"--mask-ratio": 1.0}, "--mask-ratio is 1.0, it must be at least 0.01 and at most 0.99"),
+    "mask none": (V, lambda p: {"--mask-ratio": 0.0}, "--mask-ratio is 0.0, it must be at least 0.01 and at most 0.99"),
+    "tokens": (R, lambda p: {"--mlm-probability": 7.0}, "--mlm-probability is 7.0, it must be at least 0.01 and at most 1"),
+    "dropout": (F, lambda p: {"--dropout": 1.0}, "--dropout is 1.0, it must be at least 0 and at most 0.99"),
+    "seed": (V, lambda p: {"--seed": -1}, "--seed is -1, it must be at least 0"),
+    "save every": (V, lambda p: {"--save-every": -1}, "--save-every is -1, it must be at least 0"),
+    "nothing to learn": (R, lambda p: {"--reconstruction-coef": 0, "--distill-coef": 0},
+                         "--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from"),
+    "bomb": (V, lambda p: {"--dataset": bomb(p / "d")}, "cannot load {p}/d: cannot decode image {p}/d/bomb.png (row 0): "
+             "Image size (3600000000 pixels) exceeds limit"),
+    "pickle": (V, lambda p: {"--model": pickled(p / "m")}, "cannot load model {p}/m: "),
+    "code, images": (V, lambda p: {"--model": with_code(p / "m")}, "cannot load model {p}/m: "),
+    "code, texts": (R, lambda p: {"--model": with_code(p / "m")}, "cannot load model {p}/m: "),
+    "code, fine-tuning": (F, lambda p: {"--model": with_code(p / "m")}, "cannot load model {p}/m: "),
+    "no columns": (R, lambda p: {"--dataset": csv(p / "d.csv", "")}, "cannot load {p}/d.csv: "),
+    "which column": (R, lambda p: {"--dataset": csv(p / "d.csv", "a,b\nx,y\n")}, "{p}/d.csv: the input or label column (None, "
+                     "None) is missing or of another kind, columns are a, b: see --input-column and --label-column"),
+    "no such column": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\n"), "--input-column": "body"},
+                       "{p}/d.csv: the input or label column (body, None) is missing or of another kind, columns are text"),
+    "no such label": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\n"), "--label-column": "y"},
+                      "{p}/d.csv: the input or label column (text, y) is missing"),
+    "numbers for texts": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\n1\n2\n")}, "{p}/d.csv: the input or label column"),
+    "texts for images": (V, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\n")}, "{p}/d.csv: the input or label column"),
+    "odd ending": (R, lambda p: {"--dataset": csv(p / "d.xyz", "text")}, "cannot load {p}/d.xyz: "),
+    "broken json": (R, lambda p: {"--dataset": csv(p / "d.jsonl", '{"text": ')}, "cannot load {p}/d.jsonl: "),
+    "not parquet": (V, lambda p: {"--dataset": csv(p / "d.parquet", "PAR1")}, "cannot load {p}/d.parquet: "),
+    "one sample of a class": (F, lambda p: {"--dataset": photos(p / "d", 1), "--model": VIT},
+                              "the samples cannot be split by class: "),
+    "more samples than classes": (F, lambda p: {"--max-train-samples": 3}, "the samples cannot be split by class: "),
+    "terminal escape in a name": (V, lambda p: {"--dataset": "\x1b[31mred\x07"}, "unknown dataset [31mred : give mnist5k, "),
+    "run directory in a file": (V, lambda p: {"--run-dir": csv(p / "f", "x") / "run"}, "cannot write to {p}/f/run: "),
+    "run directory is a file": (V, lambda p: {"--run-dir": csv(p / "f", "x")}, "{p}/f exists: go on with it by --resume"),
+    "no teacher there": (V, lambda p: {"--teacher": p / "none"}, "cannot load model {p}/none: "),
+    "teacher of the other kind": (R, lambda p: {"--teacher": VIT}, "cannot load model "),
+    "texts model for images": (V, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model: a vit_mae one"),
+    "images model for texts": (R, lambda p: {"--model": VIT}, "cannot load model {VIT}: "),
+    "digits for a text model": (F, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model and reads texts: mnist5k has"),
+    "device": (R, lambda p: {"--device": "cuda:99"}, "--device cuda:99 is not to be had here: "),
+    "overshoot": (F, lambda p: {"--method": "recadam", "--recadam-strength": 1e4}, "--recadam-strength 10000.0 times"),
+    "unlabelled": (F, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\ny\n"), "--model": ROBERTA}, "{p}/d.csv has 0 classes: "),
+}  # fmt: skip
+
+
+def test_there_are_forty_of_them():
+    assert len(BAD) >= 40
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_with_exit_code_2_and_leaves_nothing(zygote, tmp_path, case):
+    script, make, line = BAD[case]
+    model = {V: {"--model": VIT}, R: {"--model": ROBERTA}, F: {}}[script]
+    flags = model | make(tmp_path)
+    run_dir = flags.pop("--run-dir", tmp_path / "run")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    code, _, said = zygote(script, run_dir, flags)
+    errors = [text for text in said.splitlines() if text.startswith("error: ")]
+    expected = "error: " + line.format(p=tmp_path, VIT=VIT, ROBERTA=ROBERTA)
+    assert code == 2 and len(errors) == 1 and errors[0].startswith(expected), said[-1500:]
+    assert said.rstrip().splitlines()[-1] == errors[0] and "Traceback" not in said and "\x1b" not in errors[0]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_names_from_data_become_neither_paths_nor_terminal_escapes(zygote, tmp_path):
+    rows = [{"text": f"word {i}", "label": ["../../escape", "\x1b[2J", "a|b\n# c"][i % 3]} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"--dataset": tmp_path / "d.jsonl", "--model": ROBERTA, "--epochs": 1, "--eval-every": 1}
+    for script in ("further_pretrain_roberta", "finetune"):
+        code, _, said = zygote(script, tmp_path / script, flags)
+        assert code == 0 and "\x1b[2J" not in said, said[-1500:]
+    names = json.loads((tmp_path / "finetune/model/config.json").read_text())["id2label"].values()
+    assert set(names) == {"../../escape", "\x1b[2J", "a|b\n# c"}
+    assert {path.name for path in tmp_path.iterdir()} == {"d.jsonl", "further_pretrain_roberta", "finetune"}
+
+
+def test_a_line_of_100_megabytes_is_cut_and_not_tokenized(zygote, tmp_path):
+    with open(tmp_path / "d.txt", "w") as file:
+        file.write("word " * 20_000_000 + "\n" + "another line\n" * 20)
+    flags = {"--dataset": tmp_path / "d.txt", "--model": ROBERTA, "--epochs": 1}
+    code, _, said = zygote("further_pretrain_roberta", tmp_path / "run", flags)
+    assert code == 0 and "21 texts, 228 tokens" in said  # 128 and 20 times 5, said[-1500:]
+
+
+# ------------------------------------------------------------------------------------------------ any combination of arguments
+def combinations():
+    from hypothesis import strategies as st
+
+    number = st.one_of(st.sampled_from([0.0, 1e-4, 0.5, 1.0, -1.0, 2.0, float("inf"), float("nan")]), st.floats(0, 1))
+    count = st.integers(-1, 4)
+    shared = {
+        "--seed": st.integers(-1, 2**40), "--batch-size": count, "--learning-rate": number, "--weight-decay": number,
+        "--warmup-ratio": number, "--save-every": count, "--eval-every": count, "--log-every": count,
+        "--max-train-samples": st.integers(-1, 30), "--precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+        "--device": st.sampled_from(["auto", "cpu", "cuda", "toaster"]),
+    }  # fmt: skip
+    distil = {"--rounds": st.integers(-1, 2), "--reconstruction-coef": number, "--distill-coef": number,
+              "--student-init": st.sampled_from(["pretrained", "teacher"]),
+              "--representation": st.sampled_from(["cls", "mean", "max"])}  # fmt: skip
+    own = {
+        "further_pretrain_vit": {"--mask-ratio": number}, "self_distill_vit": {"--mask-ratio": number} | distil,
+        "further_pretrain_roberta": {"--mlm-probability": number, "--max-length": st.integers(-1, 200)},
+        "self_distill_roberta": {"--mlm-probability": number, "--max-length": st.integers(-1, 200)} | distil,
+        "finetune": {"--method": st.sampled_from(["finetune", "recadam", "mars", "r3f"]), "--dropout": number,
+                     "--max-grad-norm": number, "--mars-gamma": number, "--r3f-eps": number, "--r3f-lambda": number,
+                     "--recadam-strength": number, "--recadam-midpoint": count},
+    }  # fmt: skip
+    flags = {name: st.fixed_dictionaries({}, optional=shared | own[name]) for name in own}
+    return st.sampled_from(sorted(own)).flatmap(lambda name: st.tuples(st.just(name), flags[name]))
+
+
+@pytest.mark.parametrize("examples", [8, pytest.param(150, marks=pytest.mark.slow)])
+def test_any_combination_is_refused_before_anything_is_written_or_runs(zygote, stages, tmp_path_factory, examples):
+    hypothesis = pytest.importorskip("hypothesis")
+    ran = []
+
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(combinations())
+    def check(drawn):
+        script, flags = drawn
+        run_dir = tmp_path_factory.mktemp("any") / "run"
+        small = {"--steps": 2, "--rounds": 1} if script == "self_distill_vit" else {"--steps": 2} if "vit" in script else {}
+        small |= {"--epochs": 1} if "roberta" in script else {"--steps": 2}
+        base = {key: value for key, value in stages[script].items() if key in ("--dataset", "--model")}
+        code, _, said = zygote(script, run_dir, base | {"--batch-size": 4} | small | flags)
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        if code == 0:
+            assert (run_dir / "metrics.json").exists() and not errors
+        elif code == 1:  # weights that went to infinity, say: seen under way, nothing saved that is not finite
+            assert len(errors) == 1 and errors[0].startswith("error: loss not finite"), said[-1500:]
+        else:
+            assert code == 2 and not run_dir.exists(), said[-1500:]
+            assert len(errors) == 1 or "Parsing error" in said or "invalid choice" in said, said[-1500:]
+        assert "Traceback" not in said
+        ran.append(code)
+
+    check()
+    assert 0 in ran and 2 in ran

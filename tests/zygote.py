@@ -1,0 +1,122 @@
+"""Runs scripts in forks of one process that has the libraries loaded, and hurts them at a chosen moment.
+
+A line of JSON on stdin is one run: {"script", "argv", "log", "cache", "hook"}; a line on stdout is its exit code (-9 for
+SIGKILL) and the names of the moments that it passed. A moment is a call that may be cut off: an optimizer step, each half of a
+checkpoint, a sync, a rename, a saved model, a decoded image. hook: {"kind", "at"}, what happens at moment number `at`.
+"""
+
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import sklearn.model_selection  # noqa: F401
+import torch
+import torch.utils.tensorboard
+import torchvision  # noqa: F401
+import transformers
+import tyro  # noqa: F401
+
+for name in ("ViTMAEForPreTraining", "ViTForImageClassification", "AutoModelForMaskedLM", "AutoImageProcessor", "RobertaForMaskedLM",
+             "RobertaForSequenceClassification", "RobertaTokenizerFast", "ViTImageProcessor"):  # fmt: skip
+    getattr(transformers, name)  # loaded lazily otherwise, in each fork anew
+
+
+def watch(hook: dict, passed: list[str], run_dir: str) -> None:
+    """Count the moments, and do what `hook` says at one of them."""
+    step, save, sync, rename = torch.optim.AdamW.step, torch.save, os.fsync, os.replace
+    save_pretrained, resize = transformers.PreTrainedModel.save_pretrained, PIL.Image.Image.resize
+
+    def moment(name, optimizer=None):
+        passed.append(name)
+        if len(passed) != hook.get("at"):
+            return
+        if hook["kind"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if hook["kind"] == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if hook["kind"] == "delete":
+            shutil.rmtree(run_dir)
+        if hook["kind"] == "full":
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        if hook["kind"] == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total capacity of ...")
+        if hook["kind"] == "nan":
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    def stepped(self, *args, **kwargs):
+        moment("step", self)
+        return step(self, *args, **kwargs)
+
+    def saved(content, file, **kwargs):
+        save(content, buffer := io.BytesIO(), **kwargs)
+        whole = buffer.getvalue()
+        file.write(whole[: len(whole) // 2])
+        file.flush()
+        moment("half a checkpoint")
+        file.write(whole[len(whole) // 2 :])
+
+    def synced(number):
+        moment("before sync")
+        sync(number)
+
+    def renamed(source, target):
+        moment(f"before rename to {Path(target).name}")
+        rename(source, target)
+        moment(f"after rename to {Path(target).name}")
+
+    def model_saved(self, *args, **kwargs):
+        save_pretrained(self, *args, **kwargs)
+        moment("model saved")
+
+    def resized(self, *args, **kwargs):
+        if hook.get("decode"):
+            moment("decode")
+        return resize(self, *args, **kwargs)
+
+    torch.optim.AdamW.step, torch.save, os.fsync, os.replace = stepped, saved, synced, renamed
+    transformers.PreTrainedModel.save_pretrained, PIL.Image.Image.resize = model_saved, resized
+
+
+def child(job: dict, report: int) -> None:
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if job.get("cache"):
+        datasets.config.HF_DATASETS_CACHE = Path(job["cache"])
+    passed, code = [], 0
+    watch(job.get("hook", {}), passed, job["argv"][job["argv"].index("--run-dir") + 1])
+    sys.argv = [job["script"], *job["argv"]]
+    try:
+        runpy.run_path(job["script"], run_name="__main__")
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(report, json.dumps(passed).encode())
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        read, write = os.pipe()
+        if (number := os.fork()) == 0:
+            os.close(read)
+            child(json.loads(line), write)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            passed = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+        print(json.dumps({"code": status, "passed": json.loads(passed or "[]")}), flush=True)
