@@ -15,6 +15,7 @@ Images or text: the model decides, a ViT reads images and everything else texts.
 import ast
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -348,9 +349,13 @@ def decode(row: dict, number: int, size: int) -> dict:
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     workers = min(os.cpu_count() or 1, len(part) // 2000)  # a process costs more than it gains on a few images
-    part = part.cast_column("input", datasets.Image(decode=False)).map(
+    part = part.cast_column("input", datasets.Image(decode=False))
+    # The cache's key: the library's own has the script's name in it, and each stage would decode anew.
+    key = hashlib.sha256(f"{part._fingerprint} {size} {inspect.getsource(decode)}".encode()).hexdigest()
+    part = part.map(
         partial(decode, size=size), with_indices=True, remove_columns="input", desc=f"decode {split}", writer_batch_size=256,
-        features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None)  # fmt: skip
+        features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None,
+        new_fingerprint=key[:32])  # fmt: skip
     return [np.frombuffer(x.as_buffer(), np.uint8).reshape(3, size, size) for x in part.data.column("pixels")]
 
 

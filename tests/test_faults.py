@@ -53,14 +53,16 @@ def stages(hub, tmp_path_factory):
         Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(base / f"photos/test/{name}/0.png")
     (base / "texts").mkdir()
     for split, n in (("train", 24), ("test", 4)):
-        rows = [{"text": " ".join(rng.choice("the a of model loss is not we this".split(), 9)), "label": "xy"[i % 2]} for i in range(n)]
+        texts = [" ".join(rng.choice("the a of model loss is not we this".split(), 9)) for _ in range(n)]
+        rows = [{"text": text, "label": "xy"[i % 2]} for i, text in enumerate(texts)]
         (base / f"texts/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     images = {"--dataset": base / "photos", "--model": VIT, "--batch-size": 4, "--steps": 8} | QUICK
     texts = {"--dataset": base / "texts", "--model": ROBERTA, "--batch-size": 4, "--epochs": 2} | QUICK
     return {
         "further_pretrain_vit": images, "self_distill_vit": images | {"--steps": 5, "--rounds": 2},
         "further_pretrain_roberta": texts, "self_distill_roberta": texts | {"--epochs": 1, "--rounds": 2},
-        "finetune": images | {"--dropout": 0.1}, "finetune on texts": texts, "finetune by recadam": images | {"--method": "recadam"},
+        "finetune": images | {"--dropout": 0.1}, "finetune on texts": texts,
+        "finetune by recadam": images | {"--method": "recadam"},
     }  # fmt: skip
 
 
@@ -69,7 +71,8 @@ def result(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "per_second" not in tag}
+    tags = [tag for tag in events.Tags()["scalars"] if "per_second" not in tag]
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
     final = json.loads((run_dir / "metrics.json").read_text())["final"]
     return load_file(run_dir / "model/model.safetensors"), {k: v for k, v in final.items() if "per_second" not in k}, curves
 
@@ -138,7 +141,7 @@ def test_killed_while_the_data_is_made_ready(zygote, stages, tmp_path, stage):
     script, flags, cache = stage.split()[0], stages[stage], str(tmp_path / "cache")
     zygote(script, tmp_path / "whole", flags)
     hook = {"kind": "kill", "at": 7, "decode": True} if "vit" in stage else {"kind": "kill", "at": 1}
-    code, passed, _ = zygote(script, tmp_path / "cut", flags, hook, cache)
+    code, _, _ = zygote(script, tmp_path / "cut", flags, hook, cache)
     assert code == -9
     code, _, said = zygote(script, tmp_path / "cut", flags, cache=cache, resume=True)
     assert code == 0 and "has no checkpoint yet: from the start" in said, said[-1000:]
@@ -182,7 +185,7 @@ def test_a_truncated_checkpoint_is_named_and_not_half_loaded(zygote, stages, tmp
     flags, run_dir = stages["further_pretrain_vit"], tmp_path / "run"
     zygote("further_pretrain_vit", run_dir, flags, {"kind": "kill", "at": 9})
     whole = (run_dir / "resume.pt").read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"\x80\x04cposix\nsystem\n"):  # the last is a pickle that would run a command
+    for content in (whole[: len(whole) // 2], b"", b"\x80\x04cposix\nsystem\n"):  # the last: a pickle that would run a command
         (run_dir / "resume.pt").write_bytes(content)
         code, _, said = zygote("further_pretrain_vit", run_dir, flags, resume=True)
         assert code == 2 and said.splitlines()[-1].startswith(f"error: {run_dir}/resume.pt is not a whole checkpoint: ")
@@ -284,7 +287,7 @@ BAD = {  # script, flags, how the line begins, after "error: "
                        "{p}/d.csv: the input or label column (body, None) is missing or of another kind, columns are text"),
     "no such label": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\n"), "--label-column": "y"},
                       "{p}/d.csv: the input or label column (text, y) is missing"),
-    "numbers for texts": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\n1\n2\n")}, "{p}/d.csv: the input or label column"),
+    "numbers for texts": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\n1\n2\n")}, "{p}/d.csv: the input or label"),
     "texts for images": (V, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\n")}, "{p}/d.csv: the input or label column"),
     "odd ending": (R, lambda p: {"--dataset": csv(p / "d.xyz", "text")}, "cannot load {p}/d.xyz: "),
     "broken json": (R, lambda p: {"--dataset": csv(p / "d.jsonl", '{"text": ')}, "cannot load {p}/d.jsonl: "),
@@ -299,10 +302,11 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "teacher of the other kind": (R, lambda p: {"--teacher": VIT}, "cannot load model "),
     "texts model for images": (V, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model: a vit_mae one"),
     "images model for texts": (R, lambda p: {"--model": VIT}, "cannot load model {VIT}: "),
-    "digits for a text model": (F, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model and reads texts: mnist5k has"),
+    "digits for a text model": (F, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model and reads texts: "),
     "device": (R, lambda p: {"--device": "cuda:99"}, "--device cuda:99 is not to be had here: "),
     "overshoot": (F, lambda p: {"--method": "recadam", "--recadam-strength": 1e4}, "--recadam-strength 10000.0 times"),
-    "unlabelled": (F, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\ny\n"), "--model": ROBERTA}, "{p}/d.csv has 0 classes: "),
+    "unlabelled": (F, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\ny\n"), "--model": ROBERTA},
+                   "{p}/d.csv has 0 classes: "),
 }  # fmt: skip
 
 

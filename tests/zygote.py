@@ -23,9 +23,9 @@ import torchvision  # noqa: F401
 import transformers
 import tyro  # noqa: F401
 
-for name in ("ViTMAEForPreTraining", "ViTForImageClassification", "AutoModelForMaskedLM", "AutoImageProcessor", "RobertaForMaskedLM",
-             "RobertaForSequenceClassification", "RobertaTokenizerFast", "ViTImageProcessor"):  # fmt: skip
-    getattr(transformers, name)  # loaded lazily otherwise, in each fork anew
+LAZY = ["ViTMAEForPreTraining", "ViTForImageClassification", "AutoModelForMaskedLM", "AutoImageProcessor", "ViTImageProcessor"]
+for name in [*LAZY, "RobertaForMaskedLM", "RobertaForSequenceClassification", "RobertaTokenizerFast"]:
+    getattr(transformers, name)  # loaded when first asked for, otherwise in each fork anew
 
 
 def watch(hook: dict, passed: list[str], run_dir: str) -> None:

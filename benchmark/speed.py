@@ -1,0 +1,406 @@
+"""How fast the scripts' own `update` is, beside the recipe as published and beside what a user would pick instead.
+
+    python benchmark/speed.py                                     # embedded texts; base-size models with random weights
+    python benchmark/speed.py --texts path/to/scierc --work roberta_mlm
+    python benchmark/speed.py --device cuda --vit-batch 64 --text-batch 128
+
+Everything is timed in one process in alternating blocks, the first of each left out, so that whatever else the machine does
+falls on both alike. Ratios are of samples per second, ours over theirs; each block gives one ratio, their median and range
+are printed. `Trainer` needs `pip install accelerate`.
+
+naive        the published recipe: each image decoded at each visit, the teacher run at each step, logits of the vocabulary
+             at all tokens, texts in random order, fp32
+trainer      transformers.Trainer with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does
+"""
+
+import importlib.util
+import io
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import tyro
+from PIL import Image
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+ROOT = Path(__file__).parent.parent
+WORKS = ("vit_distill", "roberta_mlm", "roberta_distill", "tiny_vit_job", "tiny_roberta_job", "baselines")
+
+
+@dataclass
+class Args:
+    work: tuple[str, ...] = WORKS
+    """what to time"""
+    device: str = "cpu"
+    """cpu or cuda; on CUDA ours runs in bf16, theirs in fp32 as published"""
+    texts: Path | None = None
+    """a folder with train.parquet and a column `text`; default the embedded docstrings"""
+    vit_batch: int = 8
+    """images a step of ViT-B/16"""
+    text_batch: int = 16
+    """texts a step of RoBERTa-base"""
+    blocks: int = 5
+    """alternations, after one to warm up"""
+    steps: int = 2
+    """optimizer steps in each block"""
+    tiny_steps: int = 60
+    """optimizer steps of a whole job of the tiny models"""
+    out: Path = Path("benchmark/results/speed.json")
+    """results are added to this file, by work and device"""
+
+
+def script(name: str):
+    """One of the five scripts as a module: what is timed is its own functions."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wait(device: str) -> float:
+    """The time, when the device has done all it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """What a large matrix product reaches here, in FLOP/s: the best of five."""
+    n = 8192 if device == "cuda" else 1536
+    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(6):
+        start = wait(device)
+        a @ b
+        best = max(best, 2 * n**3 / (wait(device) - start))
+    return best
+
+
+def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
+    """Blocks of `steps` calls in turn. Each call is one optimizer step and returns its number of samples."""
+    speeds = {name: [] for name in ("ours", *theirs)}
+    for block in range(args.blocks + 1):
+        for name, step in (("ours", ours), *theirs.items()):
+            start = wait(args.device)
+            samples = sum(step() for _ in range(args.steps))
+            if block:  # the first is to warm up
+                speeds[name].append(samples / (wait(args.device) - start))
+            print(f"  block {block} {name}: {samples / (wait(args.device) - start):.2f} samples/s", flush=True)
+    found = {name: {"samples_per_second": round(statistics.median(s), 3), "range": [round(min(s), 3), round(max(s), 3)]}
+             for name, s in speeds.items()}  # fmt: skip
+    for name in theirs:
+        ratios = [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)]
+        found[name] |= {"ours_is_times": round(statistics.median(ratios), 3)}
+        found[name] |= {"ratios": [round(min(ratios), 3), round(max(ratios), 3)]}
+    return found
+
+
+def utilisation(args: Args, step: Callable, speed: float, dtype: torch.dtype) -> dict:
+    """FLOP of one step as counted by torch, and the part of a measured matrix product's speed that the step reaches."""
+    with FlopCounterMode(display=False) as counter:
+        samples = step()
+    flops, peak = counter.get_total_flops() / samples, peak_flops(args.device, dtype)
+    return {"gflop_per_sample": round(flops / 1e9, 2), "matmul_gflop_per_second": round(peak / 1e9),
+            "utilisation": round(flops * speed / peak, 3)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ images
+def jpegs(n: int, side: int) -> list[bytes]:
+    """Encoded images: smooth noise, so that decoding costs what it does for photographs."""
+    rng, out = np.random.default_rng(0), []
+    for _ in range(n):
+        small = Image.fromarray(rng.integers(0, 255, (side // 16, side // 16, 3), np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(buffer := io.BytesIO(), "JPEG", quality=90)
+        out.append(buffer.getvalue())
+    return out
+
+
+def decoded(data: bytes, size: int) -> torch.Tensor:
+    """One image as the published data loader does it, at each visit: decode, resize, to float, normalise."""
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor((0.485, 0.456, 0.406))[:, None, None]) / torch.tensor((0.229, 0.224, 0.225))[:, None, None]
+
+
+def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], rate: float = 1e-4):
+    """(ours, naive): functions that take one step of self-distillation on a new batch; and a batch's reading alone."""
+    sd, n, size = script("self_distill_vit"), len(files), config.image_size
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    norm = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], device=args.device)[..., None, None]
+    torch.manual_seed(0)
+    teacher = ViTMAEForPreTraining(config).to(args.device).eval()
+    students = [ViTMAEForPreTraining(config).to(args.device).train() for _ in range(2)]
+    flags = sd.Args(learning_rate=rate, warmup_ratio=0.0)
+    patches, rng = teacher.vit.embeddings.patch_embeddings.num_patches, np.random.default_rng(0)
+
+    def prepare() -> tuple:  # done once a job
+        rows = datasets.Dataset.from_list([{"input": {"bytes": data, "path": None}} for data in files])
+        images = sd.decode_all(rows.cast_column("input", datasets.Image()), "train", size)
+        if args.device == "cuda":
+            images = torch.from_numpy(np.stack(images)).cuda()
+        return images, sd.encode_all(teacher.vit, images, n, norm, autocast)
+
+    state: dict = {}
+    optimizers = [sd.optimizer_and_schedule(student, flags, 10**6, (0.9, 0.95)) for student in students]
+
+    def ours() -> int:
+        if not state:
+            state["images"], state["teacher"] = prepare()
+        rows = rng.integers(0, n, batch)
+        noise = torch.from_numpy(rng.random((batch, patches), np.float32)).to(args.device)
+        pixels = sd.take(state["images"], rows, norm, size)
+        sd.update(students[0], *optimizers[0], pixels, noise, autocast, state["teacher"][rows], flags)
+        return batch
+
+    def reading() -> int:
+        sd.take(state["images"], rng.integers(0, n, batch), norm, size)
+        return batch
+
+    def naive() -> int:
+        optimizer, scheduler = optimizers[1]
+        pixels = torch.stack([decoded(files[i], size) for i in rng.integers(0, n, batch)]).to(args.device)
+        with torch.no_grad():
+            target = sd.encode(teacher.vit, pixels)
+        loss = students[1](pixels, noise=torch.rand(batch, patches, device=args.device)).loss
+        loss = loss + mse_loss(sd.encode(students[1].vit, pixels), target, reduction="sum") / batch
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return batch
+
+    return ours, naive, reading, state, dtype
+
+
+def vit_distill(args: Args) -> dict:
+    """A step of self-distillation on ViT-B/16."""
+    ours, naive, reading, _, dtype = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(32, 375))
+    found = compare(args, ours, {"naive": naive})
+    speed = found["ours"]["samples_per_second"]
+    found["ours"] |= utilisation(args, ours, speed, dtype)
+    start = wait(args.device)
+    times = sum(reading() for _ in range(20))
+    found["ours"]["reading_part_of_step"] = round((wait(args.device) - start) / times * speed, 4)
+    return found
+
+
+def whole_job(args: Args, make: Callable) -> dict:
+    """From the first byte to the last step, ours and naive in turn; what is made once is made anew each time."""
+    times = {"ours": [], "naive": []}
+    for block in range(3):
+        ours, naive, *_ = make()
+        for name, step in (("ours", ours), ("naive", naive)):
+            start = wait(args.device)
+            samples = sum(step() for _ in range(args.tiny_steps))
+            times[name].append(wait(args.device) - start)
+            print(f"  job {block} {name}: {times[name][-1]:.1f} s, {samples} samples", flush=True)
+    ratios = [b / a for a, b in zip(times["ours"], times["naive"], strict=True)]
+    return {name: {"seconds": [round(s, 2) for s in spent]} for name, spent in times.items()} | {
+        "ours_is_times": round(statistics.median(ratios), 3), "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
+        "steps": args.tiny_steps}  # fmt: skip
+
+
+def tiny_vit_job(args: Args) -> dict:
+    """A round of the embedded image model, 400 photographs of 375 pixels, 64 a step."""
+    config = ViTMAEConfig.from_pretrained(ROOT / "pretrained/vit-mae-tiny")
+    files = jpegs(400, 375)
+
+    def make():
+        datasets.disable_caching()  # the decoded images of the last job
+        return vit_steps(args, config, 64, files, 5e-4)
+
+    return whole_job(args, make)
+
+
+# ------------------------------------------------------------------------------------------------ texts
+def texts_of(args: Args, sd, tokenizer, length: int) -> list[np.ndarray]:
+    if args.texts:
+        rows = datasets.load_dataset("parquet", data_files=str(args.texts / "train.parquet"), split="train")
+    else:
+        rows = sd.docstring_rows("train")
+    rows = rows.select_columns("text").rename_column("text", "input")
+    return sd.tokenize_all(rows, "train", tokenizer, length)
+
+
+def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate: float = 1e-4):
+    """(ours, naive, trainer): one step each, on a new batch of the same texts."""
+    sd = script("self_distill_roberta")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
+    tokenizer.model_max_length = config.max_position_embeddings - 2
+    texts = texts_of(args, sd, tokenizer, tokenizer.model_max_length)
+    lengths, n = np.array([len(ids) for ids in texts]), len(texts)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    torch.manual_seed(0)
+    teacher = RobertaForMaskedLM(config).to(args.device).eval()
+    students = [RobertaForMaskedLM(config).to(args.device).train() for _ in range(3)]
+    flags = sd.Args(learning_rate=rate, warmup_ratio=0.0)
+    optimizers = [sd.optimizer_and_schedule(student, flags, 10**6, (0.9, 0.98), 1e-6) for student in students]
+    plain = np.zeros(config.vocab_size, bool)
+    plain[list(tokenizer.get_vocab().values())] = True
+    plain[tokenizer.all_special_ids] = False
+    rng = np.random.default_rng(0)
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    state: dict = {}
+
+    def epochs() -> Iterator[np.ndarray]:
+        for e in range(10**6):
+            yield from sd.batches_of_an_epoch(lengths, batch, [0, e])
+
+    order = epochs()
+
+    def ours() -> int:
+        if distil and not state:
+            state["teacher"] = sd.encode_all(teacher, texts, tokenizer, autocast)
+        rows = next(order)
+        inputs = sd.collate(texts, rows, tokenizer, args.device, plain, 0.15, rng)
+        sd.update(students[0], *optimizers[0], inputs, autocast, state["teacher"][rows] if distil else None, flags)
+        return len(rows)
+
+    def shuffled() -> tuple[list, dict]:
+        chosen = [texts[i] for i in rng.integers(0, n, batch)]
+        return chosen, collator([{"input_ids": ids.tolist()} for ids in chosen]).to(args.device)
+
+    def naive() -> int:
+        optimizer, scheduler = optimizers[1]
+        chosen, inputs = shuffled()
+        loss = students[1](input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        loss = cross_entropy(loss.flatten(0, 1), inputs["labels"].flatten())
+        if distil:
+            padded = sd.pad(chosen, range(batch), tokenizer.pad_token_id)
+            ids, attention = (torch.from_numpy(x).to(args.device) for x in padded)
+            whole = {"ids": ids, "attention": attention, "start": torch.zeros(batch, dtype=torch.long, device=args.device)}
+            with torch.no_grad():
+                target = sd.encode(teacher, whole)
+            loss = loss + mse_loss(sd.encode(students[1], whole), target, reduction="sum") / batch
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return batch
+
+    trainer = None
+
+    def by_trainer() -> int:
+        nonlocal trainer
+        if trainer is None:
+            on_cpu = args.device == "cpu"
+            options = transformers.TrainingArguments("runs/trainer", use_cpu=on_cpu, report_to=[], disable_tqdm=True)
+            trainer = transformers.Trainer(students[2], options, data_collator=collator)
+            trainer.create_optimizer_and_scheduler(10**6)
+        _, inputs = shuffled()
+        trainer.training_step(students[2], inputs, batch)
+        torch.nn.utils.clip_grad_norm_(students[2].parameters(), options_max_norm)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        students[2].zero_grad()
+        return batch
+
+    options_max_norm = 1.0  # Trainer's default
+    return ours, naive, by_trainer, dtype
+
+
+BASE = partial(RobertaConfig, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+
+
+def roberta_mlm(args: Args) -> dict:
+    """A step of further pre-training on RoBERTa-base."""
+    ours, naive, trainer, dtype = text_steps(args, BASE(), args.text_batch, distil=False)
+    found = compare(args, ours, {"trainer": trainer, "naive": naive})
+    found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
+    return found
+
+
+def roberta_distill(args: Args) -> dict:
+    """A step of self-distillation on RoBERTa-base."""
+    ours, naive, _, dtype = text_steps(args, BASE(), args.text_batch, distil=True)
+    ours()  # the teacher's vectors: once a round, see the whole jobs for what they cost
+    found = compare(args, ours, {"naive": naive})
+    found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
+    return found
+
+
+def tiny_roberta_job(args: Args) -> dict:
+    """A round of the embedded text model, 32 texts a step."""
+    config = RobertaConfig.from_pretrained(ROOT / "pretrained/roberta-tiny")
+    return whole_job(args, lambda: text_steps(args, config, 32, distil=True, rate=5e-4))
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+def baselines(args: Args) -> dict:
+    """A step of each baseline beside plain fine-tuning: here below 1 means slower."""
+    ft, found = script("finetune"), {}
+    rng = torch.Generator().manual_seed(0)
+    kinds = {
+        "vit-b/16": (lambda: ViTForImageClassification(ViTConfig(num_labels=200)), args.vit_batch,
+                     {"pixel_values": torch.randn(args.vit_batch, 3, 224, 224, generator=rng)}),
+        "roberta-base": (lambda: RobertaForSequenceClassification(BASE(num_labels=7)), args.text_batch,
+                         {"input_ids": torch.randint(5, 50000, (args.text_batch, 64), generator=rng)}),
+    }  # fmt: skip
+    for kind, (make, batch, inputs) in kinds.items():
+        model = make().to(args.device).train()
+        inputs = {key: value.to(args.device) for key, value in inputs.items()}
+        targets = torch.zeros(batch, dtype=torch.long, device=args.device)
+        anchors = [(p, p.detach().clone(), name.startswith("classifier")) for name, p in model.named_parameters()]
+        autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+        flags = {m: ft.Args(method=m, learning_rate=1e-5, warmup_ratio=0.0, recadam_strength=5000, recadam_midpoint=250)
+                 for m in ("finetune", "recadam", "mars", "r3f")}  # fmt: skip
+        optimizer, scheduler = ft.optimizer_and_schedule(model, flags["finetune"], 10**6, (0.9, 0.999))
+
+        def step(method, model=model, optimizer=optimizer, scheduler=scheduler, inputs=inputs, targets=targets,
+                 autocast=autocast, anchors=anchors, flags=flags, batch=batch) -> int:  # fmt: skip
+            ft.update(model, optimizer, scheduler, inputs, targets, autocast, anchors, 250, batch, flags[method])
+            return batch
+
+        others = {method: partial(step, method) for method in ("recadam", "mars", "r3f")}
+        found[kind] = compare(args, partial(step, "finetune"), others)  # ours_is_times: how many plain steps one costs
+    return found
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    transformers.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
+    chip = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    if args.device == "cpu" and Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        chip = names[0] if names else chip
+    for work in args.work:
+        print(work, flush=True)
+        found = globals()[work](args)
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else memory
+        found |= {
+            "hardware": chip, "threads": torch.get_num_threads(), "peak_memory_gb_of_process": round(memory / 2**30, 2),
+            "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
+            "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()},
+        }  # fmt: skip
+        found["args"]["texts"] = args.texts and args.texts.name
+        known[f"{work} {args.device}"] = found
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(known, indent=1) + "\n")
+        print(json.dumps({key: found[key] for key in found if key not in ("args", "versions")}, indent=1), flush=True)

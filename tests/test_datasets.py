@@ -1,0 +1,221 @@
+"""Every data set of the paper by name, from stand-ins with the real columns, types and splits, and the user's own files."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, images_of, texts_of
+from PIL import Image
+
+SHARED = ROOT.parent / "shared/data"  # real data, where it is at hand
+
+
+def picture(side=12):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side + 4, 3), np.uint8))
+
+
+def standin(base, name, features, splits, config="default"):
+    """`load_dataset(name)` finds this offline: parquet files of random rows, prepared as the library itself does it."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    features, files = datasets.Features(features), {}
+    made = {
+        datasets.Image: lambda i, feature: picture(), datasets.ClassLabel: lambda i, feature: i % feature.num_classes,
+        datasets.Value: lambda i, feature: f"a text number {i}",
+    }  # fmt: skip
+    for split, n in splits.items():
+        rows = {}
+        for column, feature in features.items():
+            if column == "label" and isinstance(feature, datasets.Value):
+                rows[column] = [f"c{i % 5}" for i in range(n)]
+            elif type(feature) in made:
+                rows[column] = [made[type(feature)](i, feature) for i in range(n)]
+            else:
+                rows[column] = [[0, 0, 1, 1] for _ in range(n)]
+        path = base / f"{name.replace('/', '_')}_{split}.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+        files[split] = [str(path)]
+    made_in = base / "made" / name.replace("/", "___")
+    owner, short = name.split("/")
+    where = {"cache_dir": str(made_in), "hash": "0123"}
+    Parquet(dataset_name=short, config_name=config, data_files=files, **where).download_and_prepare()
+    made = next(path for path in made_in.iterdir() if path.is_dir())  # the library writes capitals its own way
+    folder = base / "datasets" / f"{owner}___{made.name}"
+    folder.parent.mkdir(exist_ok=True)
+    made.rename(folder)
+    next(folder.glob(f"{config}*")).rename(folder / config)
+
+
+def real_columns():
+    """{name: (columns, splits)} as the cards show them, with few rows: see docs/datasets.md."""
+    from datasets import ClassLabel, Image, Sequence, Value
+
+    box, meta = Sequence(Value("float32")), Sequence(Value("int64"))
+    three, two = {"train": 110, "validation": 104, "test": 102}, {"train": 205, "test": 201}
+    small = {"train": 30, "validation": 10, "test": 12}
+    return {
+        "aircraft": ({"image": Image(), "bbox": box, "family": ClassLabel(70), "manufacturer": ClassLabel(30),
+                      "variant": ClassLabel(100)}, three),
+        "cub": ({"image": Image(), "label": ClassLabel(200), "bbox": box}, two),
+        "chest_xray": ({"image": Image(), "label": ClassLabel(names=["NORMAL", "PNEUMONIA"])}, small),
+        "dtd": ({"image": Image(), "label": ClassLabel(47)}, three),
+        "dogs": ({"image": Image(), "label": ClassLabel(120)}, two),
+        "flowers": ({"image": Image(), "label": ClassLabel(102)}, three),
+        "cifar100": ({"img": Image(), "fine_label": ClassLabel(100), "coarse_label": ClassLabel(20)}, two),
+        "chemprot": ({"text": Value("string"), "label": Value("string"), "metadata": meta}, small),
+        "acl_arc": ({"text": Value("string"), "label": Value("string")}, small),
+        "scierc": ({"text": Value("string"), "label": Value("string"), "metadata": meta}, small),
+        "twitter_emotion": ({"text": Value("string"), "label": ClassLabel(names="anger joy optimism sadness".split())}, small),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(hub):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
+
+
+ALL = "aircraft cub chest_xray dtd dogs flowers cifar100 chemprot acl_arc scierc twitter_emotion".split()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_name_of_the_paper_loads_from_a_standin(script, tokenizer, monkeypatch, capsys, tmp_path, name):
+    ft = script("finetune")
+    columns, splits = real_columns()[name]
+    table = ft.IMAGE_SETS if name in ft.IMAGE_SETS else ft.TEXT_SETS
+    row = table[name]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    standin(tmp_path, row[0], columns, splits, row[1].get("name", "default"))
+    classes = 5 if table is ft.TEXT_SETS and name != "twitter_emotion" else row[4]
+    trained = sum(splits[split] for split in row[5].split("+"))
+    monkeypatch.setitem(table, name, (*row[:4], classes, row[5], trained, splits["test"]))
+    args = ft.Args(dataset=name)
+    data, names = images_of(ft, args, 16) if table is ft.IMAGE_SETS else texts_of(ft, args, tokenizer)
+    assert len(names) == classes
+    assert [len(samples) for samples, _ in data.values()] == [trained, splits["test"]]
+    for samples, labels in data.values():
+        assert len(labels) == len(samples) and labels.max() < classes
+        assert samples[0].shape == (3, 16, 16) if table is ft.IMAGE_SETS else len(samples[0]) > 2
+    monkeypatch.setitem(table, name, (*row[:4], classes, row[5], trained + 1, splits["test"]))
+    with pytest.raises(SystemExit):
+        images_of(ft, args, 16) if table is ft.IMAGE_SETS else texts_of(ft, args, tokenizer)
+    expected = f"{name} from {row[0]}, train: {trained} rows of {classes} classes, expected {trained + 1} of {classes}"
+    assert expected in capsys.readouterr().err
+
+
+def test_digits_and_cifar_are_kept_small_and_enlarged_on_the_device(script):
+    import torch
+
+    ft = script("finetune")
+    assert ft.SMALL == {"mnist5k": 28, "cifar100": 32}
+    image = np.arange(3 * 32 * 32, dtype=np.uint8).reshape(3, 32, 32)
+    norm = torch.tensor([[0.5] * 3, [0.25] * 3])[..., None, None]
+    found = ft.take([image], np.array([0]), norm, 64)
+    slow = np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize((64, 64), Image.Resampling.BILINEAR))
+    slow = torch.from_numpy(slow.copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(found[0] * 0.25 + 0.5, slow, rtol=0, atol=0.6 / 255)
+
+
+# ------------------------------------------------------------------------------------------------ the user's own
+def rows_of(n=20):
+    return [{"text": f"a text, number {i}", "label": ("ja", "n\u00e9in")[i % 2]} for i in range(n)]
+
+
+WRITERS = {
+    "d.csv": lambda path: path.write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows_of())),
+    "d.json": lambda path: path.write_text(json.dumps(rows_of())),
+    "d.jsonl": lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in rows_of())),
+    "d.parquet": lambda path: __import__("datasets").Dataset.from_list(rows_of()).to_parquet(path),
+    "d.txt": lambda path: path.write_text("".join(f"{r['text']}\n" for r in rows_of())),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_own_file_of_texts(script, tokenizer, tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    module = script("further_pretrain_roberta" if name == "d.txt" else "finetune")
+    data, names = texts_of(module, module.Args(dataset=str(tmp_path / name)), tokenizer)
+    if name == "d.txt":  # no labels, and nothing held out
+        assert data["train"][1] is None and len(data["train"][0]) == 20 and "test" not in data
+    else:
+        assert names == ["ja", "n\u00e9in"] and [len(samples) for samples, _ in data.values()] == [18, 2]
+    assert tokenizer.decode(data["train"][0][0], skip_special_tokens=True).startswith("a text, number")
+
+
+def test_own_folder_of_splits_and_named_columns(script, tokenizer, tmp_path):
+    for split, n in (("train", 8), ("test", 4)):
+        rows = [{"title": "no", "body": f"body {i}", "kind": i % 2} for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ft = script("finetune")
+    args = ft.Args(dataset=str(tmp_path), input_column="body", label_column="kind")
+    data, names = texts_of(ft, args, tokenizer)
+    assert names == ["0", "1"] and [len(samples) for samples, _ in data.values()] == [8, 4]
+    assert tokenizer.decode(data["test"][0][3], skip_special_tokens=True) == "body 3"
+    pretrained, _ = texts_of(script("further_pretrain_roberta"), args, tokenizer, splits=("train",))
+    assert list(pretrained) == ["train"]  # the test split is not even read
+
+
+def test_non_ascii_and_empty_texts(script, tokenizer, tmp_path, capsys):
+    rows = [{"text": text} for text in ("\u00fcber \u65e5\u672c\u8a9e \U0001f600", "", None, "  ", "plain")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = script("further_pretrain_roberta")
+    data, _ = texts_of(module, module.Args(dataset=str(tmp_path / "d.jsonl")), tokenizer, splits=("train",))
+    kept = [tokenizer.decode(ids, skip_special_tokens=True) for ids in data["train"][0]]
+    assert "\u00fcber \u65e5\u672c\u8a9e \U0001f600" in kept and "plain" in kept
+    assert "samples of train are empty and left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
+def test_own_image_folder_parquet_and_string_labels(script, tmp_path, splits):
+    import datasets
+
+    for split in splits:
+        for label in ("\u00e9l\u00e9phant", "zebra"):
+            (tmp_path / "d" / split / label).mkdir(parents=True)
+            for i in range(12):
+                picture().save(tmp_path / "d" / split / label / f"{i}.png")
+    ft = script("finetune")
+    data, names = images_of(ft, ft.Args(dataset=str(tmp_path / "d")), 16)
+    assert names == ["zebra", "\u00e9l\u00e9phant"] and sorted(data) == ["test", "train"]
+    assert len(data["train"][0]) == (24 if len(splits) == 2 else 21)
+    rows = datasets.Dataset.from_dict({"photo": [picture()] * 24, "class": ["x", "y"] * 12})
+    rows.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "d.parquet")
+    data, names = images_of(ft, ft.Args(dataset=str(tmp_path / "d.parquet")), 16)
+    assert names == ["x", "y"] and len(data["train"][0]) == 21
+
+
+def test_images_are_decoded_once_for_all_runs_stages_and_seeds(script, tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    for i in range(6):
+        picture().save(tmp_path / f"d/{i}.png")
+    count, opened = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: count.append(1) or opened(*a, **k))
+    found = []
+    for name, seed in (("further_pretrain_vit", 1), ("self_distill_vit", 2)):
+        module = script(name)
+        data, _ = images_of(module, module.Args(dataset=str(tmp_path / "d"), seed=seed, max_train_samples=5), 16, ("train",))
+        found.append(len(count))
+        assert not data["train"][0][0].flags.owndata  # a view of the memory-mapped file
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize("name", ["scierc", "acl_arc"])
+def test_real_texts_are_trained_on_for_a_few_steps(run, tmp_path, name):
+    if not (SHARED / "text" / name).exists():
+        pytest.skip("the shared data is not here")
+    flags = ("--dataset", SHARED / "text" / name, "--epochs", 1, "--eval-every", 0, "--max-train-samples", 200)
+    tiny = ROOT / "pretrained/roberta-tiny"
+    run("self_distill_roberta", *flags, "--model", tiny, "--batch-size", 32, "--run-dir", tmp_path / "run")
+    run("finetune", *flags, "--run-dir", tmp_path / "tuned", "--model", tmp_path / "run/model")
+    final = json.loads((tmp_path / "tuned/metrics.json").read_text())["final"]
+    assert final["metric"] == "macro_f1" and 0 < final["test/metric"] < 1
+
+
+def test_real_images_are_trained_on_for_a_few_steps(run, tmp_path):
+    if not (SHARED / "images/flowers102_64px").exists():
+        pytest.skip("the shared data is not here")
+    flags = ("--dataset", SHARED / "images/flowers102_64px", "--model", ROOT / "pretrained/vit-mae-tiny", "--eval-every", 0)
+    run("further_pretrain_vit", *flags, "--steps", 2, "--batch-size", 8, "--run-dir", tmp_path / "run")
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["final"]["losses/total"] < 2
