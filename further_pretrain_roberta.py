@@ -161,6 +161,7 @@ def resolve(args: Args) -> Args:
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
     if args.resume and "metrics.json" in held:
+        (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
     ours = all(name.startswith(("events", "round_", "model", "resume", "metrics")) for name in held)
