@@ -158,13 +158,25 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.fixture(scope="module")
+def undisturbed(zygote, stages, tmp_path_factory):
+    """stage -> (the moments it passes, its result), run once."""
+    known = {}
+
+    def of(stage):
+        if stage not in known:
+            run_dir = tmp_path_factory.mktemp("whole") / "run"
+            known[stage] = zygote(stage, run_dir, stages[stage])[1], result(run_dir)
+        return known[stage]
+
+    return of
+
+
 @pytest.mark.parametrize("stage", ["further_pretrain_vit", "self_distill_roberta", "finetune"])
-def test_a_fault_ends_in_one_line_and_keeps_the_last_checkpoint(zygote, stages, tmp_path, fault, stage):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_in_one_line_and_keeps_the_last_checkpoint(zygote, stages, undisturbed, tmp_path, fault, stage):
     kind, line = FAULTS[fault]
-    flags = stages[stage]
-    _, passed, _ = zygote(stage, tmp_path / "whole", flags)
-    undisturbed = result(tmp_path / "whole")
+    flags, (passed, whole) = stages[stage], undisturbed(stage)
     at = [i for i, name in enumerate(passed, 1) if name == "step"][4]  # the fifth: the first checkpoint is at the third
     code, _, said = zygote(stage, tmp_path / "run", flags, {"kind": kind, "at": at})
     errors = [text for text in said.splitlines() if "error" in text.lower()]
@@ -178,7 +190,7 @@ def test_a_fault_ends_in_one_line_and_keeps_the_last_checkpoint(zygote, stages, 
     assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == 3
     code, _, said = zygote(stage, tmp_path / "run", flags, resume=True)
     assert code == 0, said[-1500:]
-    agree(undisturbed, result(tmp_path / "run"))
+    agree(whole, result(tmp_path / "run"))
 
 
 def test_a_truncated_checkpoint_is_named_and_not_half_loaded(zygote, stages, tmp_path):
@@ -403,3 +415,47 @@ def test_any_combination_is_refused_before_anything_is_written_or_runs(zygote, s
 
     check()
     assert 0 in ran and 2 in ran
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+def test_a_hub_that_stops_answering_half_way_is_said_in_one_line(hub, tmp_path):
+    """A server on this machine gives the configuration and half of the weights, and hangs up."""
+    import http.server
+    import os
+    import threading
+
+    half = (VIT / "model.safetensors").read_bytes()
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def do_GET(self, body=True):
+            name = self.path.split("?")[0].rsplit("/", 1)[-1]
+            if not self.path.startswith("/some/model/resolve/") or not (VIT / name).exists():
+                self.send_response(404)
+                self.end_headers()
+                return
+            content = half if name == "model.safetensors" else (VIT / name).read_bytes()
+            self.send_response(200)
+            for key, value in (("Content-Length", len(content)), ("ETag", f'"{name}"'), ("X-Repo-Commit", "0" * 40)):
+                self.send_header(key, str(value))
+            self.end_headers()
+            if body:
+                self.wfile.write(content[: len(content) // 2] if name == "model.safetensors" else content)
+            self.close_connection = True
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+    command = [sys.executable, str(ROOT / "further_pretrain_vit.py"), "--model", "some/model", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+    server.shutdown()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: cannot load model some/model: "), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -1,10 +1,6 @@
 """The image half: the method against slow versions written here, each script as a process, hand-offs, faults."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 TINY = ROOT / "pretrained/vit-mae-tiny"
-SMALL = ("--batch-size", 16, "--max-train-samples", 200, "--log-every", 1, "--eval-every", 0)
 FP32 = torch.autocast("cpu", enabled=False)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -268,36 +263,6 @@ def test_validate_scores_on_a_part_of_train(run, tmp_path):
     run("finetune", "--run-dir", tmp_path / "run", "--steps", 4, "--eval-every", 2, "--validate", "--batch-size", 8)
     _, scalars = tags(tmp_path / "run")
     assert [step for step, _ in scalars["eval/accuracy"]] == [2, 4] and not any(tag.startswith("test/") for tag in scalars)
-
-
-KILLS = [("self_distill_vit", signal.SIGTERM), ("self_distill_vit", signal.SIGKILL), ("further_pretrain_vit", signal.SIGKILL),
-         ("finetune", signal.SIGKILL)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "how"), KILLS)
-def test_a_killed_run_resumes_to_the_same_bits(run, tmp_path, name, how):
-    flags = [*map(str, (*SMALL, "--steps", 6, "--save-every", 2))]
-    run(name, "--run-dir", tmp_path / "whole", *flags)
-    command = [sys.executable, str(ROOT / f"{name}.py"), "--run-dir", str(tmp_path / "cut"), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "cut/resume.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(how)
-    _, stderr = process.communicate()
-    assert process.returncode == (1 if how == signal.SIGTERM else -how)
-    if how == signal.SIGTERM:
-        assert "error: stopped by a signal at step" in stderr.strip().splitlines()[-1]
-    assert not (tmp_path / "cut/metrics.json").exists()
-    run(name, "--run-dir", tmp_path / "cut", "--resume", *flags)
-    whole, cut = (load_file(tmp_path / kind / "model/model.safetensors") for kind in ("whole", "cut"))
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    one, two = (json.loads((tmp_path / kind / "metrics.json").read_text())["final"] for kind in ("whole", "cut"))
-    del one["charts/samples_per_second"], two["charts/samples_per_second"]
-    assert one == two
-    (_, curve), (_, resumed) = tags(tmp_path / "whole"), tags(tmp_path / "cut")
-    assert curve["losses/total"] == resumed["losses/total"]  # no gap, no step twice
-    if how == signal.SIGTERM:
-        assert "is complete: nothing to resume" in run(name, "--run-dir", tmp_path / "cut", "--resume", *flags).stdout
 
 
 # ------------------------------------------------------------------------------------------------ data sets of the paper
