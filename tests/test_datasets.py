@@ -14,7 +14,7 @@ def picture(side=12):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side + 4, 3), np.uint8))
 
 
-def standin(base, name, features, splits, config="default"):
+def standin(base, name, features, splits, config="default", classes=5):
     """`load_dataset(name)` finds this offline: parquet files of random rows, prepared as the library itself does it."""
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
@@ -22,13 +22,13 @@ def standin(base, name, features, splits, config="default"):
     features, files = datasets.Features(features), {}
     made = {
         datasets.Image: lambda i, feature: picture(), datasets.ClassLabel: lambda i, feature: i % feature.num_classes,
-        datasets.Value: lambda i, feature: f"a text number {i}",
+        datasets.Value: lambda i, feature: f"w{i % 90} w{i * 7 % 90} a text number {i}",
     }  # fmt: skip
     for split, n in splits.items():
         rows = {}
         for column, feature in features.items():
             if column == "label" and isinstance(feature, datasets.Value):
-                rows[column] = [f"c{i % 5}" for i in range(n)]
+                rows[column] = [f"c{i % classes}" for i in range(n)]
             elif type(feature) in made:
                 rows[column] = [made[type(feature)](i, feature) for i in range(n)]
             else:

@@ -453,9 +453,11 @@ def test_a_hub_that_stops_answering_half_way_is_said_in_one_line(hub, tmp_path):
     env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
-    command = [sys.executable, str(ROOT / "further_pretrain_vit.py"), "--model", "some/model", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, str(ROOT / "further_pretrain_vit.py"), "--model", "some/model"]
+    command += ["--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
     server.shutdown()
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: cannot load model some/model: "), done.stderr
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: cannot load model some/model: ")
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -281,6 +281,42 @@ def test_published_roberta_layout_loads_from_a_hub_cache(sd, folders, hub):
     assert model.lm_head.decoder.bias is model.lm_head.bias
 
 
+def test_acl_arc_by_name_runs_the_papers_recipe_from_a_prepared_hub_cache(hub, run, folders, tmp_path):
+    """Rows, columns and label type of the real repository; random texts and weights."""
+    from datasets import Value
+    from test_datasets import standin
+
+    columns = {"text": Value("string"), "label": Value("string")}
+    standin(hub, "zapsdcn/citation_intent", columns, {"train": 1688, "validation": 114, "test": 139}, classes=6)
+    flags = ("--dataset", "acl_arc", "--model", folders["roberta"], "--epochs", 1)
+    run("self_distill_roberta", *flags, "--run-dir", tmp_path / "run")
+    args = json.loads((tmp_path / "run/metrics.json").read_text())["args"]
+    assert (args["batch_size"], args["learning_rate"], args["warmup_ratio"]) == (128, 1e-4, 0.06)
+    assert (args["mlm_probability"], args["weight_decay"], args["max_length"]) == (0.15, 0.01, 512)
+    run("finetune", *flags, "--model", tmp_path / "run/model", "--run-dir", tmp_path / "tuned")
+    metrics = json.loads((tmp_path / "tuned/metrics.json").read_text())
+    assert metrics["final"]["metric"] == "macro_f1" and metrics["args"]["learning_rate"] == 2e-5
+    assert len(json.loads((tmp_path / "tuned/model/config.json").read_text())["id2label"]) == 6
+
+
+@pytest.mark.slow
+def test_the_chain_on_the_real_acl_arc_is_far_above_the_largest_class(run, tmp_path):
+    data = ROOT.parent / "shared/data/text/acl_arc"
+    if not data.exists():
+        pytest.skip("the shared data is not here")
+    tiny, flags = ROOT / "pretrained/roberta-tiny", ("--dataset", data, "--learning-rate", 5e-4)
+    run("self_distill_roberta", *flags, "--model", tiny, "--epochs", 3, "--batch-size", 32, "--run-dir", tmp_path / "run")
+    run("finetune", *flags, "--model", tmp_path / "run/model", "--run-dir", tmp_path / "tuned")
+    from datasets import load_dataset
+    from sklearn.metrics import f1_score
+
+    truth = load_dataset(str(data), split="test")["label"][:]
+    largest = max(set(truth), key=truth.count)
+    chance = f1_score(truth, [largest] * len(truth), average="macro", zero_division=0)
+    final = json.loads((tmp_path / "tuned/metrics.json").read_text())["final"]
+    assert chance < 0.15 and final["test/macro_f1"] > chance + 0.15
+
+
 # ------------------------------------------------------------------------------------------------ faults
 def texts_file(folder, rows):
     path = folder / "texts.jsonl"
