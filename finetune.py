@@ -110,7 +110,7 @@ class Args:
     run_dir: str | None = None
     """where everything goes; default runs/<dataset>__<script>__<seed>__<unix time>"""
     resume: bool = False
-    """go on from the last complete checkpoint in --run-dir"""
+    """go on from the last complete checkpoint in --run-dir, or start there if it has none"""
     seed: int = 1
     """of the order of the data and of all that is drawn at random"""
     device: str = "auto"

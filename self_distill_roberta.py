@@ -81,7 +81,7 @@ class Args:
     run_dir: str | None = None
     """where everything goes; default runs/<dataset>__<script>__<seed>__<unix time>"""
     resume: bool = False
-    """go on from the last complete checkpoint in --run-dir"""
+    """go on from the last complete checkpoint in --run-dir, or start there if it has none"""
     seed: int = 1
     """of the order of the data and of all that is drawn at random"""
     device: str = "auto"
@@ -131,7 +131,7 @@ class Args:
     student_init: Literal["pretrained", "teacher"] = "pretrained"
     """where each round's student starts: the original weights, as in the paper, or its teacher's, to see why not"""
     representation: Literal["cls", "mean"] = "cls"
-    """what the distance is taken on: the CLS vector, as in the authors' code, or the mean over the other tokens"""
+    """what the distance is taken on: the CLS vector, as in the authors' code, or the mean over tokens or patches"""
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
