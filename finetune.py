@@ -75,7 +75,8 @@ TEXT_SETS = {
 NAMES = [*IMAGE_SETS, *TEXT_SETS]
 METRICS = {"chemprot": "micro_f1", "docstrings": "accuracy"}  # what papers report; else images accuracy, texts macro_f1
 # What a flag left open becomes: the paper's set-up; for text (learning rate, warm-up) that of Gururangan et al. 2020, which it
-# follows; on the embedded sets a small run for a CPU, with few labels, since with many there is little left to gain (5e-4: ours, not tuned).
+# follows; on the embedded sets a small run for a CPU, with few labels, since with many there is little left to gain
+# (5e-4: ours, not tuned).
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 10_000, "batch_size": 32, "learning_rate": 1e-4, "warmup_ratio": 0.05,
               "flip": True, "recadam_strength": 5000, "recadam_midpoint": 250,
