@@ -8,6 +8,8 @@ import json
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,9 @@ def zygote(hub):
 
     def start(script, run_dir, flags, hook=None, cache=None, resume=False):
         argv = ["--run-dir", str(run_dir), *[str(x) for pair in flags.items() for x in pair], *["--resume"] * resume]
+        seconds = [int(path.name.split(".")[3]) for path in Path(run_dir).glob("events*")]
+        while seconds and int(time.time()) <= max(seconds):  # TensorBoard orders files by second, and within one by process
+            time.sleep(0.05)
         log = hub / f"log{next(count)}"
         job = {"script": str(ROOT / f"{script}.py"), "argv": argv, "log": str(log), "hook": hook or {}, "cache": cache}
         process.stdin.write(json.dumps(job) + "\n")
