@@ -57,7 +57,7 @@ class Args:
     device: str = "cpu"
     """cpu or cuda; on CUDA ours runs in bf16, theirs in fp32 as published"""
     texts: Path | None = None
-    """a folder with train.parquet and a column `text`; default the embedded docstrings"""
+    """a folder that load_dataset reads, with a split `train` and a column `text`; default the embedded docstrings"""
     vit_batch: int = 8
     """images a step of ViT-B/16"""
     text_batch: int = 16
@@ -238,7 +238,7 @@ def tiny_vit_job(args: Args) -> dict:
 # ------------------------------------------------------------------------------------------------ texts
 def texts_of(args: Args, sd, tokenizer, length: int) -> list[np.ndarray]:
     if args.texts:
-        rows = datasets.load_dataset("parquet", data_files=str(args.texts / "train.parquet"), split="train")
+        rows = datasets.load_dataset(str(args.texts.resolve()), split="train")
     else:
         rows = sd.docstring_rows("train")
     rows = rows.select_columns("text").rename_column("text", "input")
