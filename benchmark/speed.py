@@ -245,12 +245,12 @@ def texts_of(args: Args, sd, tokenizer, length: int) -> list[np.ndarray]:
     return sd.tokenize_all(rows, "train", tokenizer, length)
 
 
-def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate: float = 1e-4):
+def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate: float = 1e-4, limit: int | None = None):
     """(ours, naive, trainer): one step each, on a new batch of the same texts."""
     sd = script("self_distill_roberta")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
     tokenizer.model_max_length = config.max_position_embeddings - 2
-    texts = texts_of(args, sd, tokenizer, tokenizer.model_max_length)
+    texts = texts_of(args, sd, tokenizer, tokenizer.model_max_length)[:limit]
     lengths, n = np.array([len(ids) for ids in texts]), len(texts)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -336,8 +336,8 @@ def roberta_mlm(args: Args) -> dict:
 
 def roberta_distill(args: Args) -> dict:
     """A step of self-distillation on RoBERTa-base."""
-    ours, naive, _, dtype = text_steps(args, BASE(), args.text_batch, distil=True)
-    ours()  # the teacher's vectors: once a round, see the whole jobs for what they cost
+    ours, naive, _, dtype = text_steps(args, BASE(), args.text_batch, distil=True, limit=256)
+    ours()  # the teacher's vectors, of few texts here: once a round, see the whole jobs for what they cost
     found = compare(args, ours, {"naive": naive})
     found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
     return found
