@@ -176,8 +176,11 @@ def test_r3f_noises_the_patch_embeddings_of_images(ft, hub):
     assert seen == [(3, 64, 192)] * 2
 
 
-@pytest.mark.parametrize("method", ["recadam", "mars", "r3f"])
-@pytest.mark.parametrize("dataset", ["mnist5k", "docstrings"])
+LEARN = [("recadam", "mnist5k"), ("mars", "docstrings"), ("r3f", "mnist5k")]
+REST = [("recadam", "docstrings"), ("mars", "mnist5k"), ("r3f", "docstrings")]
+
+
+@pytest.mark.parametrize(("method", "dataset"), LEARN + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
 def test_each_baseline_learns(run, tmp_path, method, dataset):
     length = ("--steps", 120) if dataset == "mnist5k" else ("--epochs", 5)
     run("finetune", "--dataset", dataset, "--method", method, "--run-dir", tmp_path / "run", *length, "--log-every", 5)

@@ -201,7 +201,7 @@ def test_images_are_decoded_once_for_all_runs_stages_and_seeds(script, tmp_path,
     assert found[0] == found[1] > 0
 
 
-@pytest.mark.parametrize("name", ["scierc", "acl_arc"])
+@pytest.mark.parametrize("name", ["scierc", pytest.param("acl_arc", marks=pytest.mark.slow)])
 def test_real_texts_are_trained_on_for_a_few_steps(run, tmp_path, name):
     if not (SHARED / "text" / name).exists():
         pytest.skip("the shared data is not here")
