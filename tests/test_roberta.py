@@ -117,10 +117,9 @@ def test_padding_and_special_tokens_are_never_chosen(sd, folders):
 @pytest.mark.parametrize(("n", "size"), [(1000, 16), (1003, 16), (5, 16), (2000, 8), (1, 1)])
 def test_batches_visit_every_row_once_an_epoch_and_pad_little(sd, n, size):
     lengths = np.random.default_rng(0).integers(3, 128, n)
-    batches = sd.batches_of_an_epoch(lengths, size, [1])
+    batches, other = (sd.batches_of_epochs(sd.Args(batch_size=size, epochs=1), t, lengths) for t in (0, 1))
     assert sorted(np.concatenate(batches)) == list(range(n)) and len(batches) == -(-n // size)
     assert sorted(len(rows) for rows in batches)[1:] == [size] * (len(batches) - 1)
-    other = sd.batches_of_an_epoch(lengths, size, [2])
     if n >= 1000:
         assert sum(lengths[rows].max() * len(rows) for rows in batches) < 1.05 * lengths.sum()
         assert any(set(a) != set(b) for a, b in zip(batches, other, strict=True))

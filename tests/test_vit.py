@@ -83,7 +83,7 @@ def test_gradients_are_those_of_two_backward_passes_with_a_live_teacher(sd, batc
     images = [(p * 50 + 128).clamp(0, 255).byte().numpy() for p in pixels]
     norm = torch.zeros(2, 3, 1, 1) + torch.tensor([0.5, 0.25]).view(2, 1, 1, 1)
     pixels = sd.take(images, np.arange(4), norm, 64)
-    constants = sd.encode_all(teacher.vit, images, 4, norm, FP32)
+    constants = sd.encode_all(teacher.vit, images, norm, FP32)
 
     args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0, reconstruction_coef=0.5, distill_coef=2.0)
     optimizer, scheduler = sd.optimizer_and_schedule(student, args, 10, (0.9, 0.95))

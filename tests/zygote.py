@@ -59,10 +59,11 @@ def watch(hook: dict, passed: list[str], run_dir: str) -> None:
     def saved(content, file, **kwargs):
         save(content, buffer := io.BytesIO(), **kwargs)
         whole = buffer.getvalue()
-        file.write(whole[: len(whole) // 2])
-        file.flush()
-        moment("half a checkpoint")
-        file.write(whole[len(whole) // 2 :])
+        with open(file, "wb") as target:
+            target.write(whole[: len(whole) // 2])
+            target.flush()
+            moment("half a checkpoint")
+            target.write(whole[len(whole) // 2 :])
 
     def synced(number):
         moment("before sync")
