@@ -38,17 +38,17 @@ class Args:
 
 
 def memory() -> dict[str, float]:
-    """Gigabytes of anonymous and of file-backed memory in RAM, of this process and its workers."""
-    total = {"RssAnon": 0.0, "RssFile": 0.0}
+    """Gigabytes of anonymous and of file-backed memory in RAM, of this process and its workers; what n share counts 1/n each."""
+    total = {"Pss_Anon": 0.0, "Pss_File": 0.0}
     own = Path("/proc/self/stat").read_text().split()[0]
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            if own in (status["Pid"].strip(), status["PPid"].strip()):
+                sizes = dict(line.split(":", 1) for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
+                total = {key: total[key] + int(sizes[key].split()[0]) / 2**20 for key in total}
         except (OSError, ValueError):
             continue
-        if own in (lines["Pid"].strip(), lines["PPid"].strip()):
-            for key in total:
-                total[key] += int(lines.get(key, "0 kB").split()[0]) / 2**20
     return total
 
 
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     spec = importlib.util.spec_from_file_location("further_pretrain_vit", ROOT / "further_pretrain_vit.py")
     sys.modules[spec.name] = fp = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fp)
-    peak, over = {"RssAnon": 0.0, "RssFile": 0.0}, threading.Event()
+    peak, over = {"Pss_Anon": 0.0, "Pss_File": 0.0}, threading.Event()
 
     def watch():
         while not over.wait(0.5):
