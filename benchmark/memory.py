@@ -38,7 +38,7 @@ class Args:
 
 
 def memory() -> dict[str, float]:
-    """Gigabytes of anonymous and of file-backed memory in RAM, of this process and its workers; what n share counts 1/n each."""
+    """Gigabytes of anonymous and of file-backed memory in RAM, of this process and its workers; shared: a part each."""
     total = {"Pss_Anon": 0.0, "Pss_File": 0.0}
     own = Path("/proc/self/stat").read_text().split()[0]
     for folder in Path("/proc").glob("[0-9]*"):
