@@ -263,11 +263,8 @@ def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dic
 
 # ------------------------------------------------------------------------------------------------ texts, shared
 def docstrings(versions: str) -> Iterator[dict]:
-    """Paragraphs of docstrings in the installed sources, each with the library it is from: 250 a library for train, then 60.
-
-    Which ones, and in which order, follows from sha256 of the text. Library names and import paths read "it". Nothing is
-    imported. versions: of the libraries; part of the cache's key, since the texts change with them.
-    """
+    """Paragraphs of docstrings in the installed sources, with the library of each: 250 a library for train, then 60, chosen and
+    ordered by sha256. Names of libraries read "it"; none is imported. versions: theirs, for the cache: texts change with them."""
     chosen = []
     for library in tqdm(LIBRARIES, desc="docstrings"):
         root, found = Path(importlib.util.find_spec(library).origin).parent, {}
@@ -281,8 +278,7 @@ def docstrings(versions: str) -> Iterator[dict]:
                         if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":
                             found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
         chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
-    for _, _, text, library in sorted(chosen):
-        yield {"text": text, "label": library}
+    yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
 
 
 def docstring_rows(split: str) -> datasets.Dataset:
