@@ -357,7 +357,7 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
 # ------------------------------------------------------------------------------------------------ texts, shared
 def docstrings(versions: str) -> Iterator[dict]:
     """Paragraphs of docstrings in the installed sources, and the library of each: 250 a library for train, then 60, chosen and
-    ordered by sha256. Libraries' names read "it"; none is imported. versions: theirs, for the cache: texts change with them."""
+    ordered by sha256. Libraries' names read "it"; none is imported. versions: theirs, a part of the cache's key."""
     chosen = []
     for library in tqdm(LIBRARIES, desc="docstrings"):
         root, found = Path(importlib.util.find_spec(library).origin).parent, {}
