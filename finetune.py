@@ -542,9 +542,9 @@ def mars(anchors, args: Args) -> None:
 
 
 def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) -> torch.Tensor:
-    """R3F (Aghajanyan et al. 2021, https://arxiv.org/abs/2008.03156): KL(p || q) + KL(q || p), summed over the batch, of the
-    predictions p and of q, those for noised embeddings of tokens or patches. As in the authors' code, both have a gradient
-    and their own dropout, but the noised embeddings are constants."""
+    """R3F (Aghajanyan et al. 2021, https://arxiv.org/abs/2008.03156, equations 3, 4): KL(p || q) + KL(q || p), summed over the
+    batch, of the predictions p and of q, those for noised embeddings of tokens or patches. As in the authors' code, both have
+    a gradient and their own dropout, but the noised embeddings are constants."""
 
     def noised(module, _, embeddings):
         noise = torch.empty_like(embeddings)
