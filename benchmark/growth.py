@@ -43,6 +43,8 @@ TEXT = {
 class Args:
     out: Path = Path("benchmark/results/growth.json")
     """numbers; the picture goes beside it"""
+    memory: Path = Path("benchmark/results/memory.json")
+    """what benchmark/memory.py measured, for the third picture"""
     repeats: int = 3
     """steps measured for each point, after one to warm up; the median is kept"""
 
@@ -107,14 +109,18 @@ def main(args: Args) -> dict:
             found[key] = point(make, lambda m, n=length: text_loss(text, m, 4, n), length <= limit, args.repeats)
             print(key, found[key], flush=True)
     for kind in ("vit", "roberta"):  # what was not measured runs at the speed of the largest that was
-        done = [f for key, f in found.items() if key.startswith(kind) and "seconds" in f]
-        speed = max(done, key=lambda f: f["gflop"])
-        for key, f in found.items():
+        points = {key: f for key, f in found.items() if key.startswith(kind)}
+        speed = max((f for f in points.values() if "seconds" in f), key=lambda f: f["gflop"])
+        for f in points.values():
             f["measured"] = "seconds" in f
-            if key.startswith(kind) and not f["measured"]:
+            if not f["measured"]:
                 f["seconds"] = f["gflop"] * speed["seconds"] / speed["gflop"]
-    for n in (1000, 3000, 10_000, 30_000, 100_000):  # bytes are exact; nothing else depends on the number of images
-        found[f"{n} images of 224"] = {"pixels_gb": n * 3 * 224**2 / 1e9, "teacher_vectors_mb": n * 768 * 4 / 1e6}
+    known = json.loads(args.memory.read_text()) if args.memory.exists() else {}
+    for n in (1000, 3000, 10_000, 30_000, 100_000):  # pixels and vectors are exact, memory is benchmark/memory.py's
+        key = f"{n} images of 224"
+        found[key] = {"pixels_gb": n * 3 * 224**2 / 1e9, "teacher_vectors_gb": n * 768 * 4 / 1e9}
+        if key in known:
+            found[key]["memory_gb"] = max(known[key][when]["Pss_Anon"] for when in ("peak_while_decoding", "peak_while_reading"))
     return found
 
 
@@ -122,8 +128,8 @@ def draw(found: dict, path: Path) -> None:
     """Seconds a step: full marks are measured, hollow ones computed."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, kind, label in zip(axes, ("vit", "roberta"), ("images a step", "tokens a text, 4 texts a step"), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for axis, kind, label in zip(axes, ("vit", "roberta"), ("images a step", "tokens a text, 4 texts a step"), strict=False):
         for colour, name in zip(("#4477aa", "#cc6677", "#228833"), ("tiny", "base", "large"), strict=True):
             points = [(int(key.split()[-1]), f) for key, f in found.items() if key.startswith(f"{kind} {name}")]
             axis.plot([x for x, _ in points], [f["seconds"] for _, f in points], color=colour, label=name, lw=1.5)
@@ -134,6 +140,14 @@ def draw(found: dict, path: Path) -> None:
         axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    images = {int(key.split()[0]): f for key, f in found.items() if key.endswith("images of 224")}
+    for colour, name, label in (("#4477aa", "pixels_gb", "pixels, mapped from the disk"), ("#228833", "memory_gb", "memory, measured"),
+                                ("#cc6677", "teacher_vectors_gb", "teacher's vectors")):  # fmt: skip
+        points, measured = [(n, f[name]) for n, f in images.items() if name in f], name == "memory_gb"
+        axes[2].plot(*zip(*points, strict=True), "o-", color=colour, mfc=colour if measured else "white", ms=6, lw=1.5, label=label)
+    axes[2].set(xscale="log", yscale="log", xlabel="images of 224 pixels", ylabel="gigabytes", title="Number of images")
+    axes[2].grid(alpha=0.3)
+    axes[2].legend(frameon=False)
     axes[0].set_ylabel("seconds a step of self-distillation")
     axes[0].legend(title="filled: measured, hollow: computed", frameon=False)
     figure.savefig(path, dpi=110)
