@@ -120,7 +120,8 @@ def main(args: Args) -> dict:
         key = f"{n} images of 224"
         found[key] = {"pixels_gb": n * 3 * 224**2 / 1e9, "teacher_vectors_gb": n * 768 * 4 / 1e9}
         if key in known:
-            found[key]["memory_gb"] = max(known[key][when]["Pss_Anon"] for when in ("peak_while_decoding", "peak_while_reading"))
+            peaks = known[key]["peak_while_decoding"], known[key]["peak_while_reading"]
+            found[key]["memory_gb"] = max(peak["Pss_Anon"] for peak in peaks)
     return found
 
 
@@ -141,10 +142,11 @@ def draw(found: dict, path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     images = {int(key.split()[0]): f for key, f in found.items() if key.endswith("images of 224")}
-    for colour, name, label in (("#4477aa", "pixels_gb", "pixels, mapped from the disk"), ("#228833", "memory_gb", "memory, measured"),
+    for colour, name, label in (("#4477aa", "pixels_gb", "pixels, mapped from the disk"), ("#228833", "memory_gb", "memory"),
                                 ("#cc6677", "teacher_vectors_gb", "teacher's vectors")):  # fmt: skip
-        points, measured = [(n, f[name]) for n, f in images.items() if name in f], name == "memory_gb"
-        axes[2].plot(*zip(*points, strict=True), "o-", color=colour, mfc=colour if measured else "white", ms=6, lw=1.5, label=label)
+        points = [(n, f[name]) for n, f in images.items() if name in f]
+        face = colour if name == "memory_gb" else "white"
+        axes[2].plot(*zip(*points, strict=True), "o-", color=colour, mfc=face, lw=1.5, label=label)
     axes[2].set(xscale="log", yscale="log", xlabel="images of 224 pixels", ylabel="gigabytes", title="Number of images")
     axes[2].grid(alpha=0.3)
     axes[2].legend(frameon=False)
