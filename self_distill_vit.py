@@ -211,8 +211,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     if args.resume and checkpoint.exists():
         with explain(f"{checkpoint} is not a whole checkpoint", "start again in another --run-dir"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        for key in set(asdict(args)) - set(HARMLESS):
-            if state["args"].get(key) != (new := getattr(args, key)):
+        for key, new in asdict(args).items():
+            if key not in HARMLESS and state["args"].get(key) != new:
                 fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {new}: give the same again")
     return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
@@ -228,7 +228,7 @@ def write(path: Path, content) -> None:
         else:
             for part in content:
                 part.save_pretrained(temporary)
-        for file in list(temporary.glob("*")) or [temporary]:
+        for file in [path for path in temporary.rglob("*") if path.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
         shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill

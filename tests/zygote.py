@@ -101,8 +101,11 @@ def child(job: dict, report: int) -> None:
     except SystemExit as stopped:
         code = stopped.code or 0
     except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+        try:
+            code = 1
+            sys.excepthook(*sys.exc_info())
+        except SystemExit as stopped:  # the scripts' own hook
+            code = stopped.code
     sys.stdout.flush()
     sys.stderr.flush()
     os.write(report, json.dumps(passed).encode())
