@@ -10,7 +10,8 @@ are printed. `Trainer` needs `pip install accelerate`.
 
 naive        the published recipe: each image decoded at each visit, the teacher run at each step, logits of the vocabulary
              at all tokens, texts in random order, fp32
-trainer      transformers.Trainer with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does
+trainer      transformers.Trainer: with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does; with
+             ViTMAEForPreTraining and crops and flips drawn anew at each visit, as run_mae.py does
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ import tyro
 from PIL import Image
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 from transformers import (
     AutoTokenizer,
     RobertaConfig,
@@ -47,7 +49,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
-WORKS = ("vit_distill", "roberta_mlm", "roberta_distill", "tiny_vit_job", "tiny_roberta_job", "baselines")
+WORKS = ("vit_distill", "vit_mae", "roberta_mlm", "roberta_distill", "tiny_vit_job", "tiny_roberta_job", "baselines")
 
 
 @dataclass
@@ -204,6 +206,45 @@ def vit_distill(args: Args) -> dict:
     start = wait(args.device)
     times = sum(reading() for _ in range(20))
     found["ours"]["reading_part_of_step"] = round((wait(args.device) - start) / times * speed, 4)
+    return found
+
+
+def vit_mae(args: Args) -> dict:
+    """A step of further pre-training on ViT-B/16, beside Trainer's."""
+    fp, files, batch = script("further_pretrain_vit"), jpegs(32, 375), args.vit_batch
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    norm, rng = torch.tensor([mean, std], device=args.device)[..., None, None], np.random.default_rng(0)
+    torch.manual_seed(0)
+    mine, its = (ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)).to(args.device).train() for _ in range(2))
+    optimizer = fp.optimizer_and_schedule(mine, fp.Args(learning_rate=1e-4, warmup_ratio=0.0), 10**6, (0.9, 0.95))
+    rows = datasets.Dataset.from_list([{"input": {"bytes": data, "path": None}} for data in files])
+    images = fp.decode_all(rows.cast_column("input", datasets.Image()), "train", 224)
+
+    def ours() -> int:
+        noise = torch.from_numpy(rng.random((batch, 196), np.float32)).to(args.device)
+        fp.update(mine, *optimizer, fp.take(images, rng.integers(0, len(files), batch), norm, 224), noise, autocast)
+        return batch
+
+    crop = transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    then = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    prepare = transforms.Compose([crop, *then])
+    options = transformers.TrainingArguments("runs/trainer", use_cpu=args.device == "cpu", report_to=[], disable_tqdm=True)
+    trainer = transformers.Trainer(its, options)
+    trainer.create_optimizer_and_scheduler(10**6)
+
+    def by_trainer() -> int:
+        chosen = [Image.open(io.BytesIO(files[i])).convert("RGB") for i in rng.integers(0, len(files), batch)]
+        trainer.training_step(its, {"pixel_values": torch.stack([prepare(image) for image in chosen])}, batch)
+        torch.nn.utils.clip_grad_norm_(its.parameters(), options.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        its.zero_grad()
+        return batch
+
+    found = compare(args, ours, {"trainer": by_trainer})
+    found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
     return found
 
 
