@@ -229,10 +229,9 @@ def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
                             "eval/masked_accuracy"}  # fmt: skip
     mlm = dict(scalars["losses/mlm"])
     assert np.mean([mlm[20], mlm[25], mlm[30]]) < np.mean([mlm[5], mlm[10]])
-    # The student's dropout alone keeps it at a distance here, so that its fall says nothing in 30 steps: that its gradient is
-    # right is for the test against the slow version.
     assert [step for step, _ in scalars["losses/distill"]] == [35, 40, 45, 50, 55, 60]  # none in round 0
-    assert all(value > 0 for _, value in scalars["losses/distill"])
+    distances = [value for _, value in scalars["losses/distill"]]
+    assert min(distances) > 0 and distances[-1] < 0.7 * distances[0]
     shown = events.Tensors("eval/guesses/text_summary")[-1].tensor_proto.string_val[0].decode().splitlines()
     assert shown[0] == "|masked text|truth: the model's top 3|" and len(shown) == 10
     assert all(line.count("|") == 3 for line in shown[2:]) and any("&lt;mask>" in line for line in shown)
