@@ -587,9 +587,9 @@ if __name__ == "__main__":
     with explain(f"cannot load model {named}", "a folder with config.json and model.safetensors works"):
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
         vision = config.model_type in VISION
+        if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
+            fail(f"{named} is a {config.model_type} model and reads {'images' if vision else 'texts'}: {args.dataset} has none")
         processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(named, trust_remote_code=False)
-    if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
-        fail(f"{named} is a {config.model_type} model and reads {'images' if vision else 'texts'}: {args.dataset} has none")
     if not vision:
         RECIPES["paper"] = RECIPES["text"]
     args, state, device, autocast, rank, world = set_up(args)
