@@ -588,7 +588,8 @@ if __name__ == "__main__":
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
         vision = config.model_type in VISION
         if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
-            fail(f"{named} is a {config.model_type} model and reads {'images' if vision else 'texts'}: {args.dataset} has none")
+            reads = "images" if vision else "texts"
+            fail(f"{named} is a {config.model_type} model and reads {reads}: {args.dataset} has none")
         processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(named, trust_remote_code=False)
     if not vision:
         RECIPES["paper"] = RECIPES["text"]
