@@ -215,9 +215,10 @@ def test_real_texts_are_trained_on_for_a_few_steps(run, tmp_path, name):
     assert final["metric"] == "macro_f1" and 0 < final["test/metric"] < 1
 
 
-def test_real_images_are_trained_on_for_a_few_steps(run, tmp_path):
-    if not (SHARED / "images/flowers102_64px").exists():
+@pytest.mark.parametrize("name", ["flowers102_64px", pytest.param("cub100_227px", marks=pytest.mark.slow)])
+def test_real_images_are_trained_on_for_a_few_steps(run, tmp_path, name):
+    if not (SHARED / "images" / name).exists():
         pytest.skip("the shared data is not here")
-    flags = ("--dataset", SHARED / "images/flowers102_64px", "--model", ROOT / "pretrained/vit-mae-tiny", "--eval-every", 0)
+    flags = ("--dataset", SHARED / "images" / name, "--model", ROOT / "pretrained/vit-mae-tiny", "--eval-every", 0)
     run("further_pretrain_vit", *flags, "--steps", 2, "--batch-size", 8, "--run-dir", tmp_path / "run")
     assert json.loads((tmp_path / "run/metrics.json").read_text())["final"]["losses/total"] < 2
