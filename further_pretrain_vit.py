@@ -378,7 +378,10 @@ def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") 
     """CLS vectors (B, D) after the final layernorm of whole images: nothing masked, patches in order. Or the patches' mean."""
     order = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
-    hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D)
+    last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
+    keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
+    with last.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :keep],)):
+        hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D)
     vit.config.mask_ratio = ratio
     return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
 

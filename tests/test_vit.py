@@ -75,6 +75,33 @@ def test_whole_image_encoding_is_vitmodels(sd, batch):
     assert model(batch[0], noise=batch[1]).mask.sum() == 4 * 48
 
 
+@pytest.mark.parametrize(("representation", "tokens"), [("cls", 1), ("mean", 65)])
+def test_the_last_layers_mlp_sees_only_what_is_read(sd, batch, representation, tokens):
+    """Nothing after the last layer reads the other tokens, so they are spared its MLP, in whole images and nowhere else."""
+    model, seen = tiny(sd).eval(), []
+    norms = [m for name, m in model.vit.named_modules() if name.endswith("layernorm_after")]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    sd.encode(model.vit, batch[0], representation)
+    assert seen == [65] * (len(norms) - 1) + [tokens]
+    seen.clear()
+    model(batch[0], noise=batch[1])
+    assert seen == [17] * len(norms)  # CLS and the 16 patches that are not hidden
+
+
+@pytest.mark.slow
+def test_compiled_encoding_is_the_same_whatever_was_asked_for_before(sd, batch):
+    """The compiler must notice that the tokens kept in the last layer differ from call to call."""
+    model, kinds = tiny(sd).eval(), ("cls", "mean", "cls")
+    with torch.no_grad():
+        plain = [sd.encode(model.vit, batch[0], kind) for kind in kinds]
+        masked = model(batch[0], noise=batch[1]).loss
+        model.vit.compile()
+        for kind, vectors in zip(kinds, plain, strict=True):
+            torch.testing.assert_close(sd.encode(model.vit, batch[0], kind), vectors, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(batch[0], noise=batch[1]).loss, masked)
+
+
 def test_gradients_are_those_of_two_backward_passes_with_a_live_teacher(sd, batch):
     """As in the authors' code: loss by loss, the teacher run at the step. Ours sums the losses, its teacher is a constant."""
     pixels, noise = batch
