@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The paper's comparison and ablations, small: on an embedded data set, with a tiny model, on a CPU.
+#   methods    fine-tuning from the starting weights (start) and its baselines (recadam, mars, r3f); from further pre-trained
+#              weights (round_0); from self-distilled ones (round_1, round_2)
+#   ablations  of round 1, all with the same teacher: one loss left out (no_reconstruction, no_distillation), the student
+#              starting where its teacher is (from_teacher), the distance on the mean over the tokens (on_the_mean)
+# Rule, set before the runs: 5 seeds, each with its own pre-training and its own labelled samples; the default recipe for
+# every arm, nothing tuned, nothing left out; the score is that on the test split at the last step; every run's metrics.json is
+# kept, those of pre-training as well. Run again after an interruption, it goes on where it was.
+#     bash benchmark/study.sh mnist5k          or docstrings
+set -euo pipefail
+data=${1:?mnist5k or docstrings} here=$(dirname "$0")/.. runs=runs/study_$1
+script=$([ "$data" = mnist5k ] && echo self_distill_vit || echo self_distill_roberta)
+
+run() {  # script, name, other flags
+  [ -e "$runs/$2/metrics.json" ] || python "$here/$1.py" --dataset "$data" --seed "$seed" --run-dir "$runs/$2" --resume "${@:3}"
+}
+for seed in 1 2 3 4 5; do
+  run $script "pretraining/rounds_$seed" --rounds 2
+  run finetune "tuned/start_$seed"
+  for method in recadam mars r3f; do
+    run finetune "tuned/${method}_$seed" --method $method
+  done
+  for round in round_0 round_1 round_2; do
+    run finetune "tuned/${round}_$seed" --model "$runs/pretraining/rounds_$seed/$round"
+  done
+  while read -r arm flags; do
+    run $script "pretraining/${arm}_$seed" --teacher "$runs/pretraining/rounds_$seed/round_0" $flags
+    run finetune "tuned/${arm}_$seed" --model "$runs/pretraining/${arm}_$seed/model"
+  done <<'ARMS'
+no_reconstruction --reconstruction-coef 0
+no_distillation --distill-coef 0
+from_teacher --student-init teacher
+on_the_mean --representation mean
+ARMS
+done
+python "$here/benchmark/table.py" "$runs"/tuned/{start,recadam,mars,r3f,round_0,round_1,round_2}_*/metrics.json
+python "$here/benchmark/table.py" "$runs"/tuned/{round_1,no_reconstruction,no_distillation,from_teacher,on_the_mean}_*/metrics.json
