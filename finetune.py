@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from math import exp, inf
@@ -96,9 +97,9 @@ SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tens
 VISION = ("vit_mae", "vit")
 ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # Gururangan's for text
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on --resume
-COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples", "max_length")
+COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples")
 LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
-          "mlm_probability": (0.01, 1), "dropout": (0, 0.99)}  # fmt: skip  # all other numbers: at least 0
+          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf)}  # fmt: skip  # others: at least 0
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Args:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the matrix products; auto is bf16 on CUDA and fp32 on a CPU (where bf16 without AMX is slower)"""
+    """of the matrix products; auto is bf16 on CUDA (TF32 for the rest) and fp32 on a CPU (where bf16 without AMX is slower)"""
     compile: bool = False
     """compile the model: a minute or more at the start, faster steps after it"""
     batch_size: int | None = None
@@ -157,7 +158,7 @@ class Args:
     flip: bool | None = None
     """mirror half of the images, drawn afresh at each visit; default yes, but not for digits"""
     validate: bool = False
-    """hold out a stratified tenth of train and score on it, not on test: to choose a setting by"""
+    """hold out a stratified tenth of train and score on it every --eval-every steps, not on test: to choose a setting by"""
     # of the baselines; the numbers are those of the authors' code, unless their learning rate does not suit
     recadam_strength: float | None = None
     """gamma, of the pull to the pre-trained weights; times the learning rate at most 1; default by dataset: 5,000 in theirs"""
@@ -232,25 +233,26 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    args = resolve(args) if rank == 0 else args
+        device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+    args = resolve(args) if rank == 0 or args.resume else args
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        kind = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
     state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
     if args.resume and checkpoint.exists():
@@ -263,7 +265,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, content) -> None:
-    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): a kill at any time leaves the old or the new."""
+    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): whole at any time, whenever a kill comes."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         if path.suffix == ".pt":
@@ -290,6 +292,12 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dict[str, float]:
@@ -321,7 +329,7 @@ def decode(row: dict, number: int, size: int) -> dict:
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:
-        raise ValueError(f"cannot decode image {row['input']['path'] or ''} (row {number}): {error}") from None
+        raise ValueError(f"cannot decode image {(row['input'] or {}).get('path') or ''} (row {number}): {error}") from None
     return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
 
 
@@ -347,8 +355,8 @@ def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
 
 def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
     """Normalised pixels (B, 3, size, size) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
-    batch = images[rows] if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack([images[i] for i in rows]))
-    batch = batch.to(norm.device).float()
+    there = isinstance(images, torch.Tensor)  # on the device already
+    batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
     if batch.shape[-1] != size:  # small ones (SMALL) are kept small
         batch = interpolate(batch, (size, size), mode="bilinear")
     return (batch / 255 - norm[0]) / norm[1]
@@ -386,7 +394,7 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
     length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
 
     def tokenize(batch: dict) -> dict:
-        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # no text of so many tokens has more characters
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # what 100 MB of one text would cost is spared
         return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
 
     part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
@@ -435,6 +443,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             parts = datasets.load_dataset(name)
     has_test = known or "test" in parts
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    if rest := sorted(set(parts) - set(splits)):
+        print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
         found = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
         label = args.label_column or (known[3] if known else found[0])
@@ -444,10 +454,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels = [str(value) for value in part[label]] if label else []
+        labels, order = list(part[label]) if label else [], []
         if label and isinstance(part.features[label], datasets.ClassLabel):
-            labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
-        names = names or sorted(set(labels))
+            order = part.features[label].names
+            labels = [None if value in (None, -1) else order[value] for value in labels]
+        if None in labels:  # -1 is the Hub's mark of a hidden label
+            print(f"{name}: {split} has rows without a label: it is taken as unlabelled")
+            label, labels = None, []
+        labels = [str(value) for value in labels]
+        order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
+        names = names or [key for key in order if key in set(labels)]  # train comes first: the classes are those it has
         if odd := sorted(set(labels) - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
@@ -459,9 +475,10 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if not has_test and data["train"][1] is not None:
+    if not has_test and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+        tenth = max(-(-len(data["train"][0]) // 10), len(names))
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
@@ -482,6 +499,8 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
         if config.model_type in VISION:
             if config.image_size % config.patch_size:
                 fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
+            if config.num_channels != 3:
+                fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
             same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
                     "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "initializer_range")  # fmt: skip
             config = ViTConfig(**{key: getattr(config, key) for key in same}, hidden_dropout_prob=dropout, **labels)
@@ -497,7 +516,7 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
     if lost or info["mismatched_keys"]:
         fail(f"the weights of {source} do not fit a {model.config.model_type} of its configuration: {lost[:3]}, "
              f"{sorted(map(str, info['mismatched_keys']))[:3]}")  # fmt: skip
-    left = ", ".join(sorted({key.split(".")[0] for key in unused})) or "nothing"
+    left = ", ".join(sorted({".".join(key.split(".")[: 1 + key.startswith(body)]) for key in unused})) or "nothing"
     return model.float(), f"encoder loaded from {source}, new: {', '.join(new) or 'nothing'}, left out: {left}", new
 
 
@@ -516,7 +535,7 @@ def scores(model: PreTrainedModel, inputs: Callable, labels: np.ndarray, autocas
 
 # ------------------------------------------------------------------------------------------------ THE METHODS
 def recadam(anchors, before, rate: float, step: int, args: Args) -> None:
-    """RecAdam (Chen et al. 2020, https://arxiv.org/abs/2004.12651), after AdamW's step from `before`:
+    """RecAdam (Chen et al. 2020, https://arxiv.org/abs/2004.12651, Algorithm 1), after AdamW's step from `before`:
 
         theta <- before + lambda * (AdamW's step) - rate * (1 - lambda) * gamma * (before - pretrained)
 
@@ -552,7 +571,7 @@ def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) 
         return embeddings.detach() + noise
 
     with model.base_model.get_input_embeddings().register_forward_hook(noised):
-        q = model(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes)
+        q = model.forward(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes); not compiled, or it misses the hook
     p = logits.log_softmax(dim=-1)
     return kl_div(q, p, reduction="sum", log_target=True) + kl_div(p, q, reduction="sum", log_target=True)
 
@@ -591,8 +610,12 @@ if __name__ == "__main__":
             reads = "images" if vision else "texts"
             fail(f"{named} is a {config.model_type} model and reads {reads}: {args.dataset} has none")
         processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(named, trust_remote_code=False)
+    if odd := [key for key in (("epochs",) if vision else ("steps", "flip")) if getattr(args, key) is not None]:
+        fail(f"--{odd[0]} is for {'texts' if vision else 'images'}, but {named} reads {'images' if vision else 'texts'}")
     if not vision:
         RECIPES["paper"] = RECIPES["text"]
+        if len(processor) > config.vocab_size or processor.pad_token_id is None:
+            fail(f"{named}: a tokenizer of {len(processor)} tokens, with padding among them, does not go with its model")
     args, state, device, autocast, rank, world = set_up(args)
     if args.method == "recadam" and args.learning_rate * args.recadam_strength > 1:
         fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: it overshoots")
@@ -607,15 +630,15 @@ if __name__ == "__main__":
             lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)),
             ("train", "test"))  # fmt: skip
     else:
-        fits = (getattr(config, "max_position_embeddings", 0) or 514) - 2 * ("roberta" in config.model_type)  # its first two
-        processor.model_max_length = min(processor.model_max_length, fits)
+        fits = getattr(config, "max_position_embeddings", None) or 512  # some have two rows more (514, 4098), not for tokens
+        processor.model_max_length = min(processor.model_max_length, fits - fits % 8)
         data, names = load_data(
             args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
             partial(tokenize_all, tokenizer=processor, length=args.max_length), ("train", "test"))  # fmt: skip
     if rank == 0 and world > 1:
         torch.distributed.barrier()
-    if len(names) < 2 or "test" not in data:
-        fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, in folders or in a column")
+    if len(names) < 2 or "test" not in data or any(labels is None for _, labels in data.values()):
+        fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, test as well")
     model, report, new = load_model(args.model, config, names, args.dropout)
     if args.validate:
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
@@ -628,7 +651,7 @@ if __name__ == "__main__":
     def inputs(samples, rows: np.ndarray) -> dict[str, torch.Tensor]:
         if vision:
             return {"pixel_values": take(samples, rows, norm, size)}
-        ids, attention = (torch.from_numpy(x).to(device) for x in pad(samples, rows, processor.pad_token_id))
+        ids, attention = (upload(x, device) for x in pad(samples, rows, processor.pad_token_id))
         return {"input_ids": ids, "attention_mask": attention}
 
     model.to(device).train()
@@ -652,14 +675,14 @@ if __name__ == "__main__":
     if min(map(len, batches)) < world:
         fail(f"the last batch has {min(map(len, batches))} samples for {world} processes: give another --batch-size")
     total_steps = len(batches)
-    targets = torch.from_numpy(labels).to(device)
     optimizer, scheduler = optimizer_and_schedule(model, args, total_steps, **ADAM[vision])
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile:
         model.compile()
-    spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
+    # Each process takes every world-th row of a batch. Some text models have weights that no loss reaches.
+    spread_out = DistributedDataParallel(model, find_unused_parameters=not vision) if world > 1 else model
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
@@ -668,16 +691,18 @@ if __name__ == "__main__":
         rows = batches[step][rank::world]
         batch = inputs(train, rows)
         if vision and args.flip:
-            mirrored = torch.from_numpy(rng.random(args.batch_size)[rank::world] < 0.5).to(device)[:, None, None, None]
+            mirrored = upload(rng.random(args.batch_size)[rank::world] < 0.5, device)[:, None, None, None]
             batch["pixel_values"] = torch.where(mirrored, batch["pixel_values"].flip(3), batch["pixel_values"])
         count = len(batches[step]) / world
-        losses = update(spread_out, optimizer, scheduler, batch, targets[rows], autocast, anchors, step + 1, count, args)
+        target = upload(labels[rows], device)
+        rate = scheduler.get_last_lr()[0]
+        losses = update(spread_out, optimizer, scheduler, batch, target, autocast, anchors, step + 1, count, args)
         bar.update()
         done = step + 1
         save = done % total_steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
             values, save = average(losses, stop, world), save or stop
-            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/learning_rate"] = rate
             weights = parameters_to_vector(model.base_model.parameters())
             values["charts/distance_from_init"] = (weights - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
@@ -697,6 +722,7 @@ if __name__ == "__main__":
             state |= {"seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
+            tick, ticked = time.time(), done
         if stop and save and done < total_steps:
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from math import inf
@@ -62,9 +64,9 @@ RECIPES = {
                    "learning_rate": 5e-4, "save_every": 100, "eval_every": 160, "log_every": 10},
 }  # fmt: skip
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on --resume
-COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples", "max_length")
+COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples")
 LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
-          "mlm_probability": (0.01, 1), "dropout": (0, 0.99)}  # fmt: skip  # all other numbers: at least 0
+          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf)}  # fmt: skip  # others: at least 0
 KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
 # The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
 LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
@@ -87,7 +89,7 @@ class Args:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the matrix products; auto is bf16 on CUDA and fp32 on a CPU (where bf16 without AMX is slower)"""
+    """of the matrix products; auto is bf16 on CUDA (TF32 for the rest) and fp32 on a CPU (where bf16 without AMX is slower)"""
     compile: bool = False
     """compile the model: a minute or more at the start, faster steps after it"""
     batch_size: int | None = None
@@ -189,25 +191,26 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    args = resolve(args) if rank == 0 else args
+        device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+    args = resolve(args) if rank == 0 or args.resume else args
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        kind = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
     state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
     if args.resume and checkpoint.exists():
@@ -220,7 +223,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, content) -> None:
-    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): a kill at any time leaves the old or the new."""
+    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): whole at any time, whenever a kill comes."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         if path.suffix == ".pt":
@@ -247,6 +250,12 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dict[str, float]:
@@ -293,7 +302,7 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
     length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
 
     def tokenize(batch: dict) -> dict:
-        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # no text of so many tokens has more characters
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # what 100 MB of one text would cost is spared
         return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
 
     part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
@@ -320,6 +329,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             parts = datasets.load_dataset(name)
     has_test = known or "test" in parts
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    if rest := sorted(set(parts) - set(splits)):
+        print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
         found = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
         label = args.label_column or (known[3] if known else found[0])
@@ -329,10 +340,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels = [str(value) for value in part[label]] if label else []
+        labels, order = list(part[label]) if label else [], []
         if label and isinstance(part.features[label], datasets.ClassLabel):
-            labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
-        names = names or sorted(set(labels))
+            order = part.features[label].names
+            labels = [None if value in (None, -1) else order[value] for value in labels]
+        if None in labels:  # -1 is the Hub's mark of a hidden label
+            print(f"{name}: {split} has rows without a label: it is taken as unlabelled")
+            label, labels = None, []
+        labels = [str(value) for value in labels]
+        order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
+        names = names or [key for key in order if key in set(labels)]  # train comes first: the classes are those it has
         if odd := sorted(set(labels) - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
@@ -344,9 +361,10 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if not has_test and data["train"][1] is not None:
+    if not has_test and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+        tenth = max(-(-len(data["train"][0]) // 10), len(names))
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
@@ -402,9 +420,9 @@ def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=
     batch = {"ids": ids, "attention": attention, "start": (ids == first).argmax(1)}
     if rng:
         batch["masked"], chosen = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
-    batch = {key: torch.from_numpy(value[rank::world]).to(device) for key, value in batch.items()}
+    batch = {key: upload(value[rank::world], torch.device(device)) for key, value in batch.items()}
     if rng:
-        batch["where"] = torch.from_numpy(np.flatnonzero(chosen[rank::world])).to(device)
+        batch["where"] = upload(np.flatnonzero(chosen[rank::world]), torch.device(device))
         batch |= {"tokens": max(chosen.sum() / world, 1), "texts": len(ids) / world}
     return batch
 
@@ -554,7 +572,7 @@ if __name__ == "__main__":
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    probe = labels is not None and args.eval_every > 0 and rank == 0
+    probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
     fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 200)).astype(int)]  # what the masked accuracy is measured on
     seen = texts[:KNN_TEXTS]  # by the probe
     if probe and start == 0:
@@ -563,7 +581,8 @@ if __name__ == "__main__":
         model.load_state_dict(state["model"])
     if args.compile:
         model.compile()
-    spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
+    # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
+    spread_out = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
@@ -579,19 +598,21 @@ if __name__ == "__main__":
                 spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
                     accuracy = knn_accuracy(encode_all(teacher, seen, tokenizer, autocast), labels)
-                    writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step)
+                    writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
             # The student starts from the pre-trained weights, not from the last round's.
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
             order = batches_of_epochs(args, t, lengths)
             optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-            for name, part in parts.items() if state and i > 0 else ():
+            for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
+            tick, ticked = time.time(), step
         rng = np.random.default_rng([args.seed, t, 1, i])  # of the masks, and of dropout: a resumed run draws the same
         torch.manual_seed(int(rng.integers(2**62)) + rank)
         batch = collate(texts, order[i], tokenizer, device, plain, args.mlm_probability, rng, rank, world)
-        target = None if teacher_cls is None else teacher_cls[order[i][rank::world]]
+        target = None if teacher_cls is None else teacher_cls[upload(order[i][rank::world], device)]
+        rate = scheduler.get_last_lr()[0]
         losses = update(spread_out, optimizer, scheduler, batch, autocast, target, args)
         bar.update()
         done = step + 1
@@ -600,7 +621,7 @@ if __name__ == "__main__":
             values, save = average(losses, stop, world), save or stop
             if t > 0:
                 values["charts/distill_unexplained"] = values["losses/distill"] / max(spread, 1e-12)
-            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/learning_rate"] = rate
             weights = parameters_to_vector(model.base_model.parameters())
             values["charts/distance_from_init"] = (weights - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.epochs * n / steps / (time.time() - tick)
@@ -623,6 +644,8 @@ if __name__ == "__main__":
             state |= {"seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
+            state = {"seconds": state["seconds"]}  # not a round's moments through the next round
+            tick, ticked = time.time(), done
         if stop and save and done < total_steps:
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
@@ -641,4 +664,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    print(f"  python finetune.py --dataset {args.dataset} --model {run_dir}/model")
+    flags = {"--dataset": args.dataset if labels is not None else "LABELLED", "--input-column": args.input_column,
+             "--label-column": args.label_column, "--max-train-samples": args.max_train_samples}  # fmt: skip
+    same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
+    print("  " + shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))

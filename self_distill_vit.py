@@ -12,6 +12,7 @@ again, on masked auto-encoding plus the distance of their CLS vector to the teac
 import inspect
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from math import inf
@@ -66,9 +68,9 @@ RECIPES = {
                 "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
 HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on --resume
-COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples", "max_length")
+COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples")
 LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
-          "mlm_probability": (0.01, 1), "dropout": (0, 0.99)}  # fmt: skip  # all other numbers: at least 0
+          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf)}  # fmt: skip  # others: at least 0
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
 
@@ -87,7 +89,7 @@ class Args:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the matrix products; auto is bf16 on CUDA and fp32 on a CPU (where bf16 without AMX is slower)"""
+    """of the matrix products; auto is bf16 on CUDA (TF32 for the rest) and fp32 on a CPU (where bf16 without AMX is slower)"""
     compile: bool = False
     """compile the model: a minute or more at the start, faster steps after it"""
     batch_size: int | None = None
@@ -187,25 +189,26 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
-    args = resolve(args) if rank == 0 else args
+        device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+    args = resolve(args) if rank == 0 or args.resume else args
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        kind = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for what stays in fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
     state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
     if args.resume and checkpoint.exists():
@@ -218,7 +221,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, content) -> None:
-    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): a kill at any time leaves the old or the new."""
+    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): whole at any time, whenever a kill comes."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         if path.suffix == ".pt":
@@ -245,6 +248,12 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(args.warmup_ratio * steps), steps)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dict[str, float]:
@@ -276,7 +285,7 @@ def decode(row: dict, number: int, size: int) -> dict:
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:
-        raise ValueError(f"cannot decode image {row['input']['path'] or ''} (row {number}): {error}") from None
+        raise ValueError(f"cannot decode image {(row['input'] or {}).get('path') or ''} (row {number}): {error}") from None
     return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
 
 
@@ -302,8 +311,8 @@ def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
 
 def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
     """Normalised pixels (B, 3, size, size) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
-    batch = images[rows] if isinstance(images, torch.Tensor) else torch.from_numpy(np.stack([images[i] for i in rows]))
-    batch = batch.to(norm.device).float()
+    there = isinstance(images, torch.Tensor)  # on the device already
+    batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
     if batch.shape[-1] != size:  # small ones (SMALL) are kept small
         batch = interpolate(batch, (size, size), mode="bilinear")
     return (batch / 255 - norm[0]) / norm[1]
@@ -328,6 +337,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             parts = datasets.load_dataset(name)
     has_test = known or "test" in parts
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    if rest := sorted(set(parts) - set(splits)):
+        print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
         found = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
         label = args.label_column or (known[3] if known else found[0])
@@ -337,10 +348,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels = [str(value) for value in part[label]] if label else []
+        labels, order = list(part[label]) if label else [], []
         if label and isinstance(part.features[label], datasets.ClassLabel):
-            labels, names = [part.features[label].names[int(value)] for value in labels], part.features[label].names
-        names = names or sorted(set(labels))
+            order = part.features[label].names
+            labels = [None if value in (None, -1) else order[value] for value in labels]
+        if None in labels:  # -1 is the Hub's mark of a hidden label
+            print(f"{name}: {split} has rows without a label: it is taken as unlabelled")
+            label, labels = None, []
+        labels = [str(value) for value in labels]
+        order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
+        names = names or [key for key in order if key in set(labels)]  # train comes first: the classes are those it has
         if odd := sorted(set(labels) - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
@@ -352,9 +369,10 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if not has_test and data["train"][1] is not None:
+    if not has_test and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+        tenth = max(-(-len(data["train"][0]) // 10), len(names))
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
@@ -375,6 +393,8 @@ def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, Ba
             fail(f"{source} is a {config.model_type} model: a vit_mae one, encoder and decoder, is needed")
         if config.image_size % config.patch_size:
             fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
+        if config.num_channels != 3:
+            fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
         config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
@@ -489,7 +509,7 @@ if __name__ == "__main__":
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    probe = labels is not None and args.eval_every > 0 and rank == 0
+    probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
     fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:KNN_IMAGES]  # in the pictures; by the probe
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
@@ -514,19 +534,21 @@ if __name__ == "__main__":
                 spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
                     accuracy = knn_accuracy(encode_all(teacher.vit, seen, norm, autocast), labels)
-                    writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step)
+                    writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
             # The student starts from the pre-trained weights, not from the last round's.
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
             order = rows_of_batches(args, t, n)
             optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-            for name, part in parts.items() if state and i > 0 else ():
+            for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
+            tick, ticked = time.time(), step
         rows = order[i][rank::world]
         noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
-        noise, pixels = torch.from_numpy(noise).to(device), take(images, rows, norm, size)
-        target = None if teacher_cls is None else teacher_cls[rows]
+        noise, pixels = upload(noise, device), take(images, rows, norm, size)
+        target = None if teacher_cls is None else teacher_cls[upload(rows, device)]
+        rate = scheduler.get_last_lr()[0]
         losses = update(spread_out, optimizer, scheduler, pixels, noise, autocast, target, args)
         bar.update()
         done = step + 1
@@ -535,7 +557,7 @@ if __name__ == "__main__":
             values, save = average(losses, stop, world), save or stop
             if t > 0:
                 values["charts/distill_unexplained"] = values["losses/distill"] / max(spread, 1e-12)
-            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/learning_rate"] = rate
             weights = parameters_to_vector(model.vit.parameters())
             values["charts/distance_from_init"] = (weights - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
@@ -556,6 +578,8 @@ if __name__ == "__main__":
             state |= {"seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
+            state = {"seconds": state["seconds"]}  # not a round's moments through the next round
+            tick, ticked = time.time(), done
         if stop and save and done < total_steps:
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
@@ -574,4 +598,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    print(f"  python finetune.py --dataset {args.dataset} --model {run_dir}/model")
+    flags = {"--dataset": args.dataset if labels is not None else "LABELLED", "--input-column": args.input_column,
+             "--label-column": args.label_column, "--max-train-samples": args.max_train_samples}  # fmt: skip
+    same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
+    print("  " + shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))

@@ -176,6 +176,20 @@ def test_r3f_noises_the_patch_embeddings_of_images(ft, hub):
     assert seen == [(3, 64, 192)] * 2
 
 
+@pytest.mark.slow
+def test_r3f_sees_the_noise_in_a_compiled_model(ft, hub):
+    """The compiler does not look whether a hook has come since: R3F must not run on the graph of the clean pass."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    shape = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                      image_size=16, patch_size=8, num_labels=4)  # fmt: skip
+    model = ViTForImageClassification(shape).eval()
+    inputs, args = {"pixel_values": torch.randn(2, 3, 16, 16)}, ft.Args(r3f_eps=1.0)
+    model.compile()
+    assert ft.r3f(model, inputs, model(**inputs).logits, args) > 1e-6
+
+
 LEARN = [("recadam", "mnist5k"), ("mars", "docstrings"), ("r3f", "mnist5k")]
 REST = [("recadam", "docstrings"), ("mars", "mnist5k"), ("r3f", "docstrings")]
 

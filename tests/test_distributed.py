@@ -1,6 +1,7 @@
 """Two processes share a batch and end where one does, to fp32 rounding."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -68,9 +69,29 @@ def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
         assert off < 0.02, f"{key}: {off:.1%} of the weights are elsewhere"
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(hub, tmp_path):
+def torchrun(hub, run_dir, *flags, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "further_pretrain_vit.py"), "--batch-size", "7"]
-    done = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], capture_output=True, text=True, cwd=hub)
+    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "further_pretrain_vit.py"), *map(str, flags)]
+    command += ["--run-dir", str(run_dir)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=120, **options)
+
+
+def test_a_complete_run_is_left_by_all_processes(hub, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").write_text("{}")
+    done = torchrun(hub, tmp_path / "run", "--resume")
+    assert done.returncode == 0 and f"{tmp_path}/run is complete: nothing to resume" in done.stdout, done.stderr[-2000:]
+
+
+def test_an_error_that_nobody_foresaw_is_said_by_one_of_many(hub, tmp_path):
+    limit = (resource.RLIMIT_FSIZE, (15_000_000, 15_000_000))  # the first checkpoint is larger
+    flags = ("--max-train-samples", 40, "--steps", 2, "--batch-size", 8, "--eval-every", 0)
+    done = torchrun(hub, tmp_path / "run", *flags, preexec_fn=lambda: resource.setrlimit(*limit))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and "--debug shows where" in errors[0], done.stderr[-3000:]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(hub, tmp_path):
+    done = torchrun(hub, tmp_path / "run", "--batch-size", 7)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     assert "error: --batch-size 7 is for all processes together: it must be a multiple of 2" in done.stderr

@@ -6,6 +6,7 @@ The quick part is run by default. The whole, every kill of every script, is `pyt
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 VIT, ROBERTA = ROOT / "pretrained/vit-mae-tiny", ROOT / "pretrained/roberta-tiny"
-QUICK = {"--log-every": 1, "--save-every": 3, "--eval-every": 0}
+QUICK = {"--log-every": 1, "--save-every": 3, "--eval-every": 4}
 
 
 @pytest.fixture(scope="module")
@@ -272,13 +273,47 @@ def photos(path, n=4, name="a"):
     return path
 
 
+def lacking(path):
+    """Images of a class in test alone, which the library counts among the classes all the same."""
+    photos(path / "train")
+    photos(path / "test", name="z")
+    return path
+
+
+def hidden(path):
+    """A test split without labels, as the Hub marks it: class -1."""
+    import datasets
+
+    path.mkdir()
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["x", "y"]))
+    for split, labels in (("train", [0, 1] * 5), ("test", [-1] * 4)):
+        rows = {"text": [f"word {i}" for i in range(len(labels))], "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path / f"{split}.parquet")
+    return path
+
+
+def changed(source, path, **values):
+    """A copy of a model folder with other values in its configuration."""
+    shutil.copytree(source, path)
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | values))
+    return path
+
+
+def cropped(path):
+    return changed(ROBERTA, path, vocab_size=90)
+
+
+def grey(path):
+    return changed(VIT, path, num_channels=1)
+
+
 V, R, F = "self_distill_vit", "self_distill_roberta", "finetune"
 LOW = {"--steps": 1, "--batch-size": 1, "--rounds": 1, "--log-every": 1, "--max-train-samples": 1}
 BAD = {  # script, flags, how the line begins, after "error: "
     **{f"{flag} {low - 1}": (V, lambda p, f=flag, n=low - 1: {f: n}, f"{flag} is {low - 1}, it must be at least {low}")
        for flag, low in LOW.items()},
     "epochs": (R, lambda p: {"--epochs": 0}, "--epochs is 0, it must be at least 1"),
-    "max length": (R, lambda p: {"--max-length": 0}, "--max-length is 0, it must be at least 1"),
+    "max length": (R, lambda p: {"--max-length": 0}, "--max-length is 0, it must be at least 3"),
     "negative rate": (V, lambda p: {"--learning-rate": -0.1}, "--learning-rate is -0.1, it must be at least 0 and at most 1"),
     "rate of 2": (R, lambda p: {"--learning-rate": 2.0}, "--learning-rate is 2.0, it must be at least 0 and at most 1"),
     "nan rate": (F, lambda p: {"--learning-rate": "nan"}, "--learning-rate is nan, it must be at least 0 and at most 1"),
@@ -324,6 +359,17 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "overshoot": (F, lambda p: {"--method": "recadam", "--recadam-strength": 1e4}, "--recadam-strength 10000.0 times"),
     "unlabelled": (F, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\ny\n"), "--model": ROBERTA},
                    "{p}/d.csv has 0 classes: "),
+    "a label is missing": (F, lambda p: {"--dataset": csv(p / "d.csv", "text,label\na,x\nb,y\nc,\n" * 9), "--model": ROBERTA},
+                           "{p}/d.csv has 0 classes: "),
+    "hidden test labels": (F, lambda p: {"--dataset": hidden(p / "d"), "--model": ROBERTA}, "{p}/d has 2 classes: "),
+    "a class that train lacks": (F, lambda p: {"--dataset": lacking(p / "d"), "--model": VIT},
+                                 "{p}/d: test has labels that train lacks: ['z']"),
+    "steps for texts": (F, lambda p: {"--dataset": "docstrings", "--steps": 9}, "--steps is for images, but "),
+    "epochs for images": (F, lambda p: {"--epochs": 9}, "--epochs is for texts, but "),
+    "tokenizer of another model": (F, lambda p: {"--dataset": "docstrings", "--model": cropped(p / "m")},
+                                   "{p}/m: a tokenizer of 4096 tokens, "),
+    "grey model": (V, lambda p: {"--model": grey(p / "m")}, "{p}/m reads images of 1 channels: 3 are needed, RGB"),
+    "grey model, fine-tuning": (F, lambda p: {"--model": grey(p / "m")}, "{p}/m reads images of 1 channels: "),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, texts_of
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 
@@ -208,12 +209,14 @@ def tags(run_dir):
     return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+DISTILLED = ("--epochs", 3, "--max-train-samples", 320, "--log-every", 5, "--eval-every", 30)
+
+
 @pytest.fixture(scope="module")
 def distilled(run, tmp_path_factory):
     """One run of all of Algorithm 1 on 320 docstrings."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    flags = ("--epochs", 3, "--max-train-samples", 320, "--log-every", 5, "--eval-every", 30)
-    return run_dir, run("self_distill_roberta", "--run-dir", run_dir, *flags)
+    return run_dir, run("self_distill_roberta", "--run-dir", run_dir, *DISTILLED)
 
 
 def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
@@ -237,9 +240,23 @@ def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
     assert all(line.count("|") == 3 for line in shown[2:]) and any("&lt;mask>" in line for line in shown)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["stage"] == "self_distill_roberta" and metrics["final"]["losses/distill"] > 0
-    assert f"python finetune.py --dataset docstrings --model {run_dir}/model" in done.stdout
+    assert f"python finetune.py --dataset docstrings --max-train-samples 320 --model {run_dir}/model" in done.stdout
     model, info = AutoModelForSequenceClassification.from_pretrained(run_dir / "model", output_loading_info=True)
     assert all(key.startswith("classifier.") for key in info["missing_keys"]) and model.config.hidden_dropout_prob == 0.1
+
+
+def test_stage_by_stage_is_the_one_command_and_finetune_takes_over(distilled, run, tmp_path):
+    """Stage 1, then stage 2 with its model as the teacher, is what one command does in two rounds, bit for bit."""
+    run("further_pretrain_roberta", "--run-dir", tmp_path / "further", *DISTILLED)
+    run("self_distill_roberta", "--teacher", tmp_path / "further/model", "--run-dir", tmp_path / "run", *DISTILLED)
+    files = {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("events")}
+    assert files == {"model", "round_1", "metrics.json"}
+    for one, two in ((tmp_path / "further/model", "round_0"), (tmp_path / "run/model", "round_1")):
+        one, two = (load_file(path / "model.safetensors") for path in (one, distilled[0] / two))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    done = run("finetune", "--dataset", "docstrings", "--model", tmp_path / "further/model", "--run-dir", tmp_path / "tuned",
+               "--epochs", 1, "--max-train-samples", 64)  # fmt: skip
+    assert "new: classifier.dense.bias" in done.stdout and (tmp_path / "tuned/metrics.json").exists()
 
 
 def test_docstrings_are_balanced_scrubbed_and_disjoint(distilled, script):
@@ -265,8 +282,6 @@ def test_other_models_and_a_corpus_shorter_than_a_batch(run, folders, corpus, tm
 
 def test_published_roberta_layout_loads_from_a_hub_cache(sd, folders, hub):
     """roberta-base's file has a pooler and no copy of what is tied; and the name alone finds it, offline."""
-    from safetensors.torch import load_file, save_file
-
     snapshot = hub / "hub/models--FacebookAI--roberta-base/snapshots" / ("0" * 40)
     shutil.copytree(folders["roberta"], snapshot)
     weights = {k: v for k, v in load_file(snapshot / "model.safetensors").items() if not k.startswith("lm_head.decoder")}
