@@ -8,6 +8,7 @@ pre-trained ViT-MAE, go on with the same objective (hide 75 % of the patches, pr
     python further_pretrain_vit.py --dataset cub      # the paper's recipe: ViT-B/16, 20,000 steps of 64 images, on a GPU
 """
 
+import glob
 import inspect
 import json
 import os
@@ -66,10 +67,11 @@ RECIPES = {
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 100, "learning_rate": 5e-4,
                 "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on --resume
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
 COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples")
 LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
-          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf)}  # fmt: skip  # others: at least 0
+          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf), "seed": (0, 2**32 - 1)}  # fmt: skip
+KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
 
@@ -141,14 +143,24 @@ def explain(what: str, hint: str) -> Iterator[None]:
         fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
 
 
+def refuse_another(began: dict, args: Args) -> None:
+    """Go on with a run of this script and of these arguments alone, but for what does no harm."""
+    if began.get("stage") != SCRIPT.stem:
+        fail(f"{args.run_dir} is a run of {began.get('stage')}, not of {SCRIPT.stem}: give another --run-dir")
+    for key, new in asdict(args).items():
+        if key not in HARMLESS and began["args"].get(key) != new:
+            fail(f"this run began with --{key.replace('_', '-')} {began['args'].get(key)}, not {new}: give the same again")
+
+
 def resolve(args: Args) -> Args:
     """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
         low, high = LIMITS.get(key, (0, inf))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}" + f" and at most {high}" * (high < inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and value < inf):
+            above = f" and at most {high}" if high < inf else " and finite" if value == inf else ""
+            fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}{above}")
     if getattr(args, "reconstruction_coef", 1) == getattr(args, "distill_coef", 1) == 0:
         fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
     if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
@@ -156,13 +168,15 @@ def resolve(args: Args) -> Args:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    saved = {"resume.pt", "metrics.json"} & set(held)
+    ours = {name.removesuffix(".tmp") for name in held} - {"resume.pt", "metrics.json"} - ({"model"} if saved else set())
+    if args.resume and not (args.run_dir and all(name.startswith(("events.out.", "round_")) for name in ours)):
+        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
+        refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
-    ours = all(name.startswith(("events", "round_", "model", "resume", "metrics")) for name in held)
-    if args.resume and not (args.run_dir and ours):
-        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
     if args.resume and "resume.pt" not in held:  # killed before its first checkpoint, perhaps before anything
@@ -175,6 +189,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     of how many: 0 of 1, or what torchrun says."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
@@ -200,9 +215,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     if args.resume and checkpoint.exists():
         with explain(f"{checkpoint} is not a whole checkpoint", "start again in another --run-dir"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        for key, new in asdict(args).items():
-            if key not in HARMLESS and state["args"].get(key) != new:
-                fail(f"this run began with --{key.replace('_', '-')} {state['args'].get(key)}, not {new}: give the same again")
+            refuse_another(state, args)
     return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
@@ -242,7 +255,7 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dict[str, float]:
+def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> dict[str, float]:
     """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
@@ -250,7 +263,7 @@ def average(losses: dict[str, torch.Tensor], stop: list[int], world: int) -> dic
         stop += [signal.SIGTERM] * int(values[-1])
     values = dict(zip(losses, (values / world).tolist(), strict=False))
     if not np.isfinite(list(values.values())).all():
-        fail(f"loss not finite: the last checkpoint is kept, try a lower --learning-rate. {values}", 1)
+        fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values
 
 
@@ -317,8 +330,9 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         elif Path(name).is_file():
-            kind = Path(name).suffix[1:]
-            parts = datasets.load_dataset({"jsonl": "json", "txt": "text"}.get(kind, kind), data_files=name)
+            if Path(name).suffix.lower() not in KINDS:  # of the other kinds, one runs what is in the file
+                raise ValueError(f"files are read that end in {', '.join(KINDS)}")
+            parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
         else:
             parts = datasets.load_dataset(name)
     has_test = known or "test" in parts
@@ -473,6 +487,8 @@ if __name__ == "__main__":
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     total_steps = args.steps
     run_dir = Path(args.run_dir)
+    if state and state["n"] != n:
+        fail(f"{args.dataset} has {n} samples for training, {state['n']} when {run_dir} began: give the same data again")
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -483,7 +499,7 @@ if __name__ == "__main__":
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
     fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:KNN_IMAGES]  # in the pictures; by the probe
     if probe and start == 0:
@@ -509,10 +525,10 @@ if __name__ == "__main__":
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
-            values, save = average(losses, stop, world), save or stop
+            weights = parameters_to_vector(model.vit.parameters()).detach()
+            losses["charts/distance_from_init"] = (weights - encoder).norm()
+            values, save = average(losses, done, stop, world), save or stop
             values["charts/learning_rate"] = rate
-            weights = parameters_to_vector(model.vit.parameters())
-            values["charts/distance_from_init"] = (weights - encoder).norm().item()
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items() if rank == 0 else ():
@@ -525,8 +541,8 @@ if __name__ == "__main__":
             writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm, size), noise, norm), done)
             tick, ticked = time.time(), done
         if rank == 0 and save:
-            state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done}
-            state |= {"seconds": seconds + time.time() - clock, "values": values}
+            state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done, "n": n}
+            state |= {"stage": SCRIPT.stem, "seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
             tick, ticked = time.time(), done

@@ -8,8 +8,12 @@ Everything is timed in one process in alternating blocks, the first of each left
 falls on both alike. Ratios are of samples per second, ours over theirs; each block gives one ratio, their median and range
 are printed. `Trainer` needs `pip install accelerate`.
 
-naive        the published recipe: each image decoded at each visit, the teacher run at each step, logits of the vocabulary
-             at all tokens, texts in random order, fp32
+naive        the published recipe, as in the authors' trainer.py: each image decoded at each visit (on CUDA by two workers, ahead
+             of the step), the teacher run at each step, two backward passes, torch's default AdamW, loss.item() at each step,
+             fp32 without TF32; for texts, which they did not publish, the same and logits of the vocabulary at all tokens,
+             texts in random order
+full_logits  ours, but logits at all tokens, on batches of the same texts
+without ...  ours, but for one thing: what each gives
 trainer      transformers.Trainer: with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does; with
              ViTMAEForPreTraining and crops and flips drawn anew at each visit, as run_mae.py does
 """
@@ -23,10 +27,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -49,7 +56,8 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
-WORKS = ("vit_distill", "vit_mae", "roberta_mlm", "roberta_distill", "tiny_vit_job", "tiny_roberta_job", "baselines")
+WORKS = ("vit_distill", "vit_mae", "roberta_mlm", "roberta_distill", "tiny_vit_job", "tiny_roberta_job", "gains",
+         "baselines")  # fmt: skip
 
 
 @dataclass
@@ -119,6 +127,15 @@ def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
     return found
 
 
+def plain_adamw(model: torch.nn.Module, rate: float, betas: tuple[float, float], eps: float = 1e-8) -> torch.optim.AdamW:
+    """As a user writes it: not fused."""
+    return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, eps=eps, weight_decay=0.01)
+
+
+def tf32(on: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
 def utilisation(args: Args, step: Callable, speed: float, dtype: torch.dtype) -> dict:
     """FLOP of one step as counted by torch, and the part of a measured matrix product's speed that the step reaches."""
     with FlopCounterMode(display=False) as counter:
@@ -146,6 +163,15 @@ def decoded(data: bytes, size: int) -> torch.Tensor:
     return (pixels - torch.tensor((0.485, 0.456, 0.406))[:, None, None]) / torch.tensor((0.229, 0.224, 0.225))[:, None, None]
 
 
+def whole_cls(model: ViTMAEForPreTraining, pixels: torch.Tensor) -> torch.Tensor:
+    """CLS vectors of whole images, all of every layer computed."""
+    model.config.mask_ratio, ratio = 0.0, model.config.mask_ratio
+    order = torch.arange(model.vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
+    hidden = model.vit(pixels, noise=order).last_hidden_state
+    model.config.mask_ratio = ratio
+    return hidden[:, 0]
+
+
 def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], rate: float = 1e-4):
     """(ours, naive): functions that take one step of self-distillation on a new batch; and a batch's reading alone."""
     sd, n, size = script("self_distill_vit"), len(files), config.image_size
@@ -166,32 +192,42 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
         return images, sd.encode_all(teacher.vit, images, norm, autocast)
 
     state: dict = {}
-    optimizers = [sd.optimizer_and_schedule(student, flags, 10**6, (0.9, 0.95)) for student in students]
+    optimizer = sd.optimizer_and_schedule(students[0], flags, 10**6, (0.9, 0.95))
+    theirs = plain_adamw(students[1], rate, (0.9, 0.95))
 
     def ours() -> int:
+        tf32(True)
         if not state:
             state["images"], state["teacher"] = prepare()
         rows = rng.integers(0, n, batch)
         noise = torch.from_numpy(rng.random((batch, patches), np.float32)).to(args.device)
         pixels = sd.take(state["images"], rows, norm, size)
-        sd.update(students[0], *optimizers[0], pixels, noise, autocast, state["teacher"][rows], flags)
+        sd.update(students[0], *optimizer, pixels, noise, autocast, state["teacher"][rows], flags)
         return batch
 
     def reading() -> int:
         sd.take(state["images"], rng.integers(0, n, batch), norm, size)
         return batch
 
+    workers = ThreadPoolExecutor(2)
+    ahead: list = []
+
+    def load(rows: np.ndarray) -> torch.Tensor:
+        return torch.stack([decoded(files[i], size) for i in rows])
+
     def naive() -> int:
-        optimizer, scheduler = optimizers[1]
-        pixels = torch.stack([decoded(files[i], size) for i in rng.integers(0, n, batch)]).to(args.device)
-        with torch.no_grad():
-            target = sd.encode(teacher.vit, pixels)
+        tf32(False)
+        while args.device == "cuda" and len(ahead) < 3:
+            ahead.append(workers.submit(load, rng.integers(0, n, batch)))
+        pixels = ahead.pop(0).result().pin_memory().cuda() if ahead else load(rng.integers(0, n, batch))
+        theirs.zero_grad()
         loss = students[1](pixels, noise=torch.rand(batch, patches, device=args.device)).loss
-        loss = loss + mse_loss(sd.encode(students[1].vit, pixels), target, reduction="sum") / batch
         loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            target = whole_cls(teacher, pixels)
+        (mse_loss(whole_cls(students[1], pixels), target, reduction="sum") / batch).backward()
+        theirs.step()
+        loss.item()
         return batch
 
     return ours, naive, reading, state, dtype
@@ -277,6 +313,12 @@ def tiny_vit_job(args: Args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ texts
+def every_logit(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Vocabulary logits at all tokens, of which those at the masked ones are then taken: (M, V)."""
+    logits = model(input_ids=batch["masked"], attention_mask=batch["attention"]).logits
+    return logits.flatten(0, 1)[batch["where"]].float()
+
+
 def texts_of(args: Args, sd, tokenizer, length: int) -> list[np.ndarray]:
     if args.texts:
         rows = datasets.load_dataset(str(args.texts.resolve()), split="train")
@@ -287,7 +329,7 @@ def texts_of(args: Args, sd, tokenizer, length: int) -> list[np.ndarray]:
 
 
 def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate: float = 1e-4, limit: int | None = None):
-    """(ours, naive, trainer): one step each, on a new batch of the same texts."""
+    """(ours, naive, trainer, full_logits): one step each, on a new batch of the same texts."""
     sd = script("self_distill_roberta")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
     tokenizer.model_max_length = config.max_position_embeddings - 2
@@ -299,7 +341,8 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     teacher = RobertaForMaskedLM(config).to(args.device).eval()
     students = [RobertaForMaskedLM(config).to(args.device).train() for _ in range(3)]
     flags = sd.Args(learning_rate=rate, warmup_ratio=0.0, batch_size=batch, epochs=1)
-    optimizers = [sd.optimizer_and_schedule(student, flags, 10**6, (0.9, 0.98), 1e-6) for student in students]
+    optimizer = sd.optimizer_and_schedule(students[0], flags, 10**6, (0.9, 0.98), 1e-6)
+    theirs = plain_adamw(students[1], rate, (0.9, 0.98), 1e-6)
     plain = np.zeros(config.vocab_size, bool)
     plain[list(tokenizer.get_vocab().values())] = True
     plain[tokenizer.all_special_ids] = False
@@ -314,19 +357,25 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     order = epochs()
 
     def ours() -> int:
+        tf32(True)
         if distil and not state:
             state["teacher"] = sd.encode_all(teacher, texts, tokenizer, autocast)
         rows = next(order)
         inputs = sd.collate(texts, rows, tokenizer, args.device, plain, 0.15, rng)
-        sd.update(students[0], *optimizers[0], inputs, autocast, state["teacher"][rows] if distil else None, flags)
+        sd.update(students[0], *optimizer, inputs, autocast, state["teacher"][rows] if distil else None, flags)
         return len(rows)
+
+    def full_logits() -> int:
+        with mock.patch.object(sd, "masked_logits", every_logit):
+            return ours()
 
     def shuffled() -> tuple[list, dict]:
         chosen = [texts[i] for i in rng.integers(0, n, batch)]
         return chosen, collator([{"input_ids": ids.tolist()} for ids in chosen]).to(args.device)
 
     def naive() -> int:
-        optimizer, scheduler = optimizers[1]
+        tf32(False)
+        theirs.zero_grad()
         chosen, inputs = shuffled()
         loss = students[1](input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         loss = cross_entropy(loss.flatten(0, 1), inputs["labels"].flatten())
@@ -338,9 +387,8 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
                 target = sd.encode(teacher, whole)
             loss = loss + mse_loss(sd.encode(students[1], whole), target, reduction="sum") / batch
         loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        theirs.step()
+        loss.item()
         return batch
 
     trainer = None
@@ -361,7 +409,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
         return batch
 
     options_max_norm = 1.0  # Trainer's default
-    return ours, naive, by_trainer, dtype
+    return ours, naive, by_trainer, full_logits, dtype
 
 
 BASE = partial(RobertaConfig, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
@@ -369,25 +417,91 @@ BASE = partial(RobertaConfig, vocab_size=50265, max_position_embeddings=514, typ
 
 def roberta_mlm(args: Args) -> dict:
     """A step of further pre-training on RoBERTa-base."""
-    ours, naive, trainer, dtype = text_steps(args, BASE(), args.text_batch, distil=False)
-    found = compare(args, ours, {"trainer": trainer, "naive": naive})
+    ours, naive, trainer, full_logits, dtype = text_steps(args, BASE(), args.text_batch, distil=False)
+    found = compare(args, ours, {"trainer": trainer, "naive": naive, "full_logits": full_logits})
     found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
     return found
 
 
 def roberta_distill(args: Args) -> dict:
     """A step of self-distillation on RoBERTa-base."""
-    ours, naive, _, dtype = text_steps(args, BASE(), args.text_batch, distil=True, limit=256)
+    ours, naive, *_ = text_steps(args, BASE(), args.text_batch, distil=True, limit=256)
     ours()  # the teacher's vectors, of few texts here: once a round, see the whole jobs for what they cost
-    found = compare(args, ours, {"naive": naive})
-    found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
-    return found
+    return compare(args, ours, {"naive": naive})
 
 
 def tiny_roberta_job(args: Args) -> dict:
     """A round of the embedded text model, 32 texts a step."""
     config = RobertaConfig.from_pretrained(ROOT / "pretrained/roberta-tiny")
     return whole_job(args, lambda: text_steps(args, config, 32, distil=True, rate=5e-4))
+
+
+# ------------------------------------------------------------------------------------------------ one thing at a time
+def gains(args: Args) -> dict:
+    """Self-distillation steps of base-size models with one thing left out: `ours_is_times` is what that one gives."""
+    found, autocast = {}, torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    rng, dev = np.random.default_rng(0), torch.device(args.device)
+
+    def without(step: Callable, model, attention: str = "sdpa", **patches) -> Callable:
+        def run() -> int:
+            model.config._attn_implementation = attention
+            with ExitStack() as stack:
+                for name, (module, value) in patches.items():
+                    stack.enter_context(mock.patch.object(module, name, value))
+                return step()
+
+        return run
+
+    torch.manual_seed(0)
+    sd, batch = script("self_distill_vit"), args.vit_batch
+    model, teacher = (ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)).to(dev).train() for _ in range(2))
+    flags = sd.Args(learning_rate=1e-4, warmup_ratio=0.0)
+    optimizer, scheduler = sd.optimizer_and_schedule(model, flags, 10**6, (0.9, 0.95))
+    plain, target = plain_adamw(model, 1e-4, (0.9, 0.95)), torch.randn(batch, 768, device=dev)
+
+    def images(optimizer=optimizer, live: bool = False) -> int:
+        pixels = torch.randn(batch, 3, 224, 224, device=dev)
+        noise = torch.rand(batch, 196, device=dev)
+        with torch.no_grad():
+            cls = sd.encode(teacher.vit, pixels) if live else target
+        sd.update(model, optimizer, scheduler, pixels, noise, autocast, cls, flags)
+        return batch
+
+    def full(vit, pixels, representation="cls"):
+        return whole_cls(model if vit is model.vit else teacher, pixels)
+
+    found["vit-b/16"] = compare(args, without(images, model), {
+        "without the teacher's vectors kept": without(partial(images, live=True), model),
+        "without sparing the last layer's MLP": without(images, model, encode=(sd, full)),
+        "without SDPA attention": without(images, model, attention="eager"),
+        "without fused AdamW": without(partial(images, optimizer=plain), model)})  # fmt: skip
+
+    td, batch, config = script("self_distill_roberta"), args.text_batch, BASE()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
+    texts = texts_of(args, td, tokenizer, 512)
+    lengths = np.array([len(ids) for ids in texts])
+    model = RobertaForMaskedLM(config).to(dev).train()
+    flags = td.Args(learning_rate=1e-4, warmup_ratio=0.0, batch_size=batch, epochs=1)
+    optimizer, scheduler = td.optimizer_and_schedule(model, flags, 10**6, (0.9, 0.98), 1e-6)
+    plain, allowed = plain_adamw(model, 1e-4, (0.9, 0.98), 1e-6), np.arange(config.vocab_size) < 8192
+    allowed[tokenizer.all_special_ids] = False
+    cls = torch.randn(batch, 768, device=dev)
+    orders = {kind: td.batches_of_epochs(flags, 0, lengths if kind else np.ones_like(lengths)) for kind in (True, False)}
+    count = {True: 0, False: 0}
+
+    def words(optimizer=optimizer, grouped: bool = True) -> int:
+        count[grouped] += 1
+        rows = orders[grouped][count[grouped] % (len(texts) // batch)]
+        inputs = td.collate(texts, rows, tokenizer, dev, allowed, 0.15, rng)
+        td.update(model, optimizer, scheduler, inputs, autocast, cls[: len(rows)], flags)
+        return len(rows)
+
+    found["roberta-base"] = compare(args, without(words, model), {
+        "without logits at masked tokens alone": without(words, model, masked_logits=(td, every_logit)),
+        "without texts of similar length together": without(partial(words, grouped=False), model),
+        "without SDPA attention": without(words, model, attention="eager"),
+        "without fused AdamW": without(partial(words, optimizer=plain), model)})  # fmt: skip
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning

@@ -76,10 +76,10 @@ def torchrun(hub, run_dir, *flags, **options):
     return subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=120, **options)
 
 
-def test_a_complete_run_is_left_by_all_processes(hub, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.json").write_text("{}")
-    done = torchrun(hub, tmp_path / "run", "--resume")
+def test_a_complete_run_is_left_by_all_processes(run, hub, tmp_path):
+    flags = ("--max-train-samples", 40, "--steps", 1, "--batch-size", 8, "--eval-every", 0)
+    run("further_pretrain_vit", "--run-dir", tmp_path / "run", *flags)
+    done = torchrun(hub, tmp_path / "run", *flags, "--resume")
     assert done.returncode == 0 and f"{tmp_path}/run is complete: nothing to resume" in done.stdout, done.stderr[-2000:]
 
 

@@ -146,9 +146,18 @@ def tiny_parameter(module, name, cache={}):  # noqa: B006
 def test_a_coefficient_of_zero_leaves_its_term_out(sd, batch, ablated):
     student, teacher_cls = tiny(sd), torch.zeros(4, 192)
     args = sd.Args(learning_rate=0.0, warmup_ratio=0.0, **{ablated: 0.0})
-    losses = sd.update(student, *sd.optimizer_and_schedule(student, args, 1, (0.9, 0.95)), *batch, FP32, teacher_cls, args)
+    optimizer, scheduler = sd.optimizer_and_schedule(student, args, 1, (0.9, 0.95))
+    optimizer.zero_grad = lambda: None  # keep the gradients to look at
+    losses = sd.update(student, optimizer, scheduler, *batch, FP32, teacher_cls, args)
     kept = "losses/distill" if ablated == "reconstruction_coef" else "losses/reconstruction"
     assert losses["losses/total"] == losses[kept]
+    slow = tiny(sd)
+    reconstruction, distance = slow(batch[0], noise=batch[1]).loss, sd.encode(slow.vit, batch[0]).pow(2).sum() / 4
+    (reconstruction if ablated == "distill_coef" else distance).backward()
+    for (name, p), q in zip(student.named_parameters(), slow.parameters(), strict=True):
+        if p.requires_grad:
+            expected = torch.zeros_like(p) if q.grad is None else q.grad
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_weight_decay_is_on_matrices_only_and_groups_cover_all(fp):
