@@ -8,10 +8,10 @@ Everything is timed in one process in alternating blocks, the first of each left
 falls on both alike. Ratios are of samples per second, ours over theirs; each block gives one ratio, their median and range
 are printed. `Trainer` needs `pip install accelerate`.
 
-naive        the published recipe, as in the authors' trainer.py: each image decoded at each visit (on CUDA by two workers, ahead
-             of the step), the teacher run at each step, two backward passes, torch's default AdamW, loss.item() at each step,
-             fp32 without TF32; for texts, which they did not publish, the same and logits of the vocabulary at all tokens,
-             texts in random order
+naive        the published recipe, as in the authors' trainer.py: each image decoded at each visit (on CUDA by two workers,
+             ahead of the step), the teacher run at each step, two backward passes, torch's default AdamW, loss.item() at each
+             step, fp32 without TF32; for texts, which they did not publish, the same, one backward pass, logits of the
+             vocabulary at all tokens, texts in random order
 full_logits  ours, but logits at all tokens, on batches of the same texts
 without ...  ours, but for one thing: what each gives
 trainer      transformers.Trainer: with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does; with
