@@ -141,7 +141,11 @@ def test_killed_twice_and_asked_to_stop_once(zygote, stages, tmp_path):
     assert code == 0 and said.startswith(f"{tmp_path}/cut is complete: nothing to resume")
 
 
-@pytest.mark.parametrize("stage", ["further_pretrain_vit", "finetune on texts"])
+READY = ["further_pretrain_vit", "finetune on texts"]
+READY += [pytest.param(stage, marks=pytest.mark.slow) for stage in (*SCRIPTS[1:], "finetune by recadam")]
+
+
+@pytest.mark.parametrize("stage", READY)
 def test_killed_while_the_data_is_made_ready(zygote, stages, tmp_path, stage):
     script, flags, cache = stage.split()[0], stages[stage], str(tmp_path / "cache")
     zygote(script, tmp_path / "whole", flags)
