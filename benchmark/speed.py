@@ -487,7 +487,8 @@ def gains(args: Args) -> dict:
     plain, allowed = plain_adamw(model, 1e-4, (0.9, 0.98), 1e-6), np.arange(config.vocab_size) < 8192
     allowed[tokenizer.all_special_ids] = False
     cls = torch.randn(batch, 768, device=dev)
-    orders = {kind: cycle(td.batches_of_epochs(flags, 0, lengths if kind else np.ones_like(lengths))) for kind in (True, False)}
+    like = {True: lengths, False: np.ones_like(lengths)}  # grouped by length, and not
+    orders = {grouped: cycle(td.batches_of_epochs(flags, 0, of)) for grouped, of in like.items()}
 
     def words(optimizer=optimizer, grouped: bool = True) -> int:
         rows = next(orders[grouped])
