@@ -565,6 +565,6 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
     flags = {"--dataset": args.dataset, "--input-column": args.input_column, "--label-column": args.label_column,
-             "--max-train-samples": args.max_train_samples, "--model": args.model}  # fmt: skip
+             "--max-train-samples": args.max_train_samples}  # fmt: skip
     same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
-    print("  " + shlex.join(["python", "self_distill_vit.py", *same, "--teacher", f"{run_dir}/model"]))
+    print("  " + shlex.join(["python", "self_distill_vit.py", *same, "--model", args.model, "--teacher", f"{run_dir}/model"]))

@@ -680,7 +680,8 @@ if __name__ == "__main__":
     )  # fmt: skip
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    flags = {"--dataset": args.dataset if labels is not None else "LABELLED", "--input-column": args.input_column,
-             "--label-column": args.label_column, "--max-train-samples": args.max_train_samples}  # fmt: skip
+    flags = {"--dataset": args.dataset, "--input-column": args.input_column, "--label-column": args.label_column,
+             "--max-train-samples": args.max_train_samples}  # fmt: skip
+    flags["--dataset"] = args.dataset if labels is not None else "LABELLED"
     same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
     print("  " + shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))
