@@ -567,4 +567,4 @@ if __name__ == "__main__":
     flags = {"--dataset": args.dataset, "--input-column": args.input_column, "--label-column": args.label_column,
              "--max-train-samples": args.max_train_samples}  # fmt: skip
     same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
-    print("  " + shlex.join(["python", "self_distill_vit.py", *same, "--model", args.model, "--teacher", f"{run_dir}/model"]))
+    print(shlex.join(["python", "self_distill_vit.py", *same, "--model", args.model, "--teacher", f"{run_dir}/model"]))

@@ -618,4 +618,4 @@ if __name__ == "__main__":
              "--max-train-samples": args.max_train_samples}  # fmt: skip
     flags["--dataset"] = args.dataset if labels is not None else "LABELLED"
     same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
-    print("  " + shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))
+    print(shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers on few cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"  # here, before a test file loads torch: as many as the scripts', for equal bits
 
 
 def pytest_addoption(parser):
@@ -25,8 +27,6 @@ def pytest_collection_modifyitems(config, items):
 def hub(tmp_path_factory):
     """A Hub cache of its own, and nothing behind it. Set before any script or library is imported."""
     home = tmp_path_factory.mktemp("hub")
-    if "PYTEST_XDIST_WORKER" in os.environ:  # several workers on few cores: one thread each
-        os.environ["OMP_NUM_THREADS"] = "1"
     os.environ |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "200"}
     return home
 
