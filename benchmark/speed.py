@@ -355,9 +355,9 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
         for t in range(10**6):
             yield from sd.batches_of_epochs(flags, t, lengths)
 
-    order = epochs()
+    mine, its = epochs(), epochs()  # of the same batches
 
-    def ours() -> int:
+    def ours(order: Iterator[np.ndarray] = mine) -> int:
         tf32(True)
         if distil and not state:
             state["teacher"] = sd.encode_all(teacher, texts, tokenizer, autocast)
@@ -368,7 +368,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
 
     def full_logits() -> int:
         with mock.patch.object(sd, "masked_logits", every_logit):
-            return ours()
+            return ours(its)
 
     def shuffled() -> tuple[list, dict]:
         chosen = [texts[i] for i in rng.integers(0, n, batch)]

@@ -1,9 +1,12 @@
 """No network, no files outside the tests' own folder, and the scripts as a user runs them: one process each."""
 
 import importlib.util
+import itertools
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +39,9 @@ def script(hub):
     """A script as a module: its functions, without its main part."""
 
     def load(name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        sys.modules[Path(name).name] = module
         spec.loader.exec_module(module)
         return module
 
@@ -51,12 +54,36 @@ def run(hub):
 
     def run(name, *flags, code=0):
         command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=hub)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=900)
         said = f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == code, f"exit code {done.returncode}, expected {code}: {said}"
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def zygote(hub):
+    """start(script, flags, hook) -> (exit code, moments passed, what was said), each in a fork of a process that is warm."""
+    command = [sys.executable, str(ROOT / "tests/zygote.py")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    count = itertools.count()
+
+    def start(script, run_dir, flags, hook=None, cache=None, resume=False):
+        argv = ["--run-dir", str(run_dir), *[str(x) for pair in flags.items() for x in pair], *["--resume"] * resume]
+        seconds = [int(path.name.split(".")[3]) for path in Path(run_dir).glob("events*")]
+        while seconds and int(time.time()) <= max(seconds):  # TensorBoard orders files by second, and within one by process
+            time.sleep(0.05)
+        log = hub / f"log{next(count)}"
+        job = {"script": str(ROOT / f"{script}.py"), "argv": argv, "log": str(log), "hook": hook or {}, "cache": cache}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        return answer["code"], answer["passed"], log.read_text(errors="replace").replace("\r", "\n")
+
+    yield start
+    process.stdin.close()
+    process.wait()
 
 
 def images_of(module, args, size, splits=("train", "test")):

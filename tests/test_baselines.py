@@ -93,12 +93,12 @@ def free_of_pull(ft):
 
 
 def test_mars_keeps_every_row_within_its_radius_and_leaves_the_others_alone(ft):
-    model, args, anchors, batches = ready(ft, method="mars", mars_gamma=0.06, mars_head_gamma=0.03)
+    model, args, anchors, batches = ready(ft, method="mars", mars_gamma=0.07, mars_head_gamma=0.03)
     plain = train(ft, *ready(ft, steps=1))
     found = train(ft, model, args, anchors, batches[:1])
     inside = outside = 0
     for p, q, (_, start, new) in zip(found, plain, anchors, strict=True):
-        gamma = 0.03 if new else 0.06
+        gamma = 0.03 if new else 0.07
         for row in range(len(p) if p.ndim == 2 else 0):
             total = sum(abs(float(a) - float(b)) for a, b in zip(q[row], start[row], strict=True))
             if total <= gamma:
@@ -110,11 +110,11 @@ def test_mars_keeps_every_row_within_its_radius_and_leaves_the_others_alone(ft):
                 torch.testing.assert_close(p[row], expected, rtol=0, atol=1e-6)
         if p.ndim == 1:
             assert torch.equal(p, q)  # no bias is projected
-    assert outside > 0
+    assert inside > 0 and outside > 0
     train(ft, model, args, anchors, batches)
     for p, start, new in anchors:
         if p.ndim == 2:
-            assert (p - start).abs().sum(1).max() <= (0.03 if new else 0.06) + 1e-6
+            assert (p - start).abs().sum(1).max() <= (0.03 if new else 0.07) + 1e-6
     model, args, anchors, batches = ready(ft, method="mars", mars_gamma=1e6, mars_head_gamma=1e6)
     assert all(torch.equal(a, b) for a, b in zip(train(ft, model, args, anchors, batches), train(ft, *ready(ft)), strict=True))
 
@@ -190,8 +190,8 @@ def test_r3f_sees_the_noise_in_a_compiled_model(ft, hub):
     assert ft.r3f(model, inputs, model(**inputs).logits, args) > 1e-6
 
 
-LEARN = [("recadam", "mnist5k"), ("mars", "docstrings"), ("r3f", "mnist5k")]
-REST = [("recadam", "docstrings"), ("mars", "mnist5k"), ("r3f", "docstrings")]
+LEARN = [("recadam", "mnist5k"), ("mars", "docstrings"), ("r3f", "docstrings")]
+REST = [("recadam", "docstrings"), ("mars", "mnist5k"), ("r3f", "mnist5k")]
 
 
 @pytest.mark.parametrize(("method", "dataset"), LEARN + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
@@ -203,7 +203,7 @@ def test_each_baseline_learns(run, tmp_path, method, dataset):
     run("finetune", "--dataset", dataset, "--method", method, "--run-dir", tmp_path / "run", *length, "--log-every", 5)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["args"]["method"] == method
-    assert metrics["final"]["test/accuracy"] > (0.3 if dataset == "mnist5k" else 0.16)  # chance is 0.1 and 0.125
+    assert metrics["final"]["test/accuracy"] > (0.3 if dataset == "mnist5k" else 0.18)  # chance is 0.1 and 0.125
     assert metrics["final"]["charts/distance_from_init"] > 0
     assert ("losses/r3f" in metrics["final"]) == (method == "r3f")
     if method == "mars":
@@ -214,13 +214,6 @@ def test_each_baseline_learns(run, tmp_path, method, dataset):
         start, end = (kind.from_pretrained(path).float().base_model.state_dict() for path in (tiny, tmp_path / "run/model"))
         sums = [(end[key] - start[key]).flatten(1).abs().sum(1).max() for key in end if end[key].ndim in (2, 4)]
         assert 0.999 < max(sums) < 1.001
-
-
-def test_a_pull_that_overshoots_is_refused(run, tmp_path):
-    flags = ("--method", "recadam", "--recadam-strength", 5000, "--learning-rate", 1e-3)
-    done = run("finetune", "--run-dir", tmp_path / "run", *flags, code=2)
-    assert done.stderr.endswith("error: --recadam-strength 5000.0 times --learning-rate 0.001 is over 1: it overshoots\n")
-    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the studies' flags

@@ -1,9 +1,12 @@
 """Two processes share a batch and end where one does, to fp32 rounding."""
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -48,7 +51,8 @@ def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
     run(name, *flags, "--run-dir", tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / f"{name}.py"), *map(str, flags)]
-    done = subprocess.run([*command, "--run-dir", str(tmp_path / "two")], capture_output=True, text=True, cwd=hub)
+    command += ["--run-dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     curves = {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -73,11 +77,14 @@ def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
         assert apart.max() <= 2 * steps * 1e-4, f"{key}: farther apart than the steps are long"
 
 
-def torchrun(hub, run_dir, *flags, **options):
+def by_two(run_dir, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "further_pretrain_vit.py"), *map(str, flags)]
-    command += ["--run-dir", str(run_dir)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=120, **options)
+    return [*command, "--run-dir", str(run_dir)]
+
+
+def torchrun(hub, run_dir, *flags, **options):
+    return subprocess.run(by_two(run_dir, *flags), capture_output=True, text=True, cwd=hub, timeout=300, **options)
 
 
 def test_a_complete_run_is_left_by_all_processes(run, hub, tmp_path):
@@ -93,6 +100,26 @@ def test_an_error_that_nobody_foresaw_is_said_by_one_of_many(hub, tmp_path):
     done = torchrun(hub, tmp_path / "run", *flags, preexec_fn=lambda: resource.setrlimit(*limit))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1 and "--debug shows where" in errors[0], done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True])
+def test_asked_to_stop_all_processes_leave_one_checkpoint(hub, tmp_path, to_all):
+    """SIGTERM to torchrun, which passes it on; or to it and to each of its processes at once, as a cluster does."""
+    flags = ("--max-train-samples", 40, "--steps", 300, "--batch-size", 8, "--eval-every", 0, "--log-every", 1)
+    (tmp_path / "said").touch()
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(by_two(tmp_path / "run", *flags), stdout=said, stderr=said, cwd=hub, start_new_session=True)
+        while "3/300" not in (tmp_path / "said").read_text() and process.poll() is None:
+            time.sleep(0.1)
+        found = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for number in found if to_all else [process.pid]:
+            os.kill(int(number), signal.SIGTERM)
+        assert process.wait(timeout=120) != 0
+    lines = [line for line in (tmp_path / "said").read_text().replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "stopped by a signal at step " in lines[0] and (tmp_path / "run/resume.pt").exists()
+    done = torchrun(hub, tmp_path / "run", *flags, "--resume")
+    assert done.returncode == 0 and (tmp_path / "run/metrics.json").exists(), done.stderr[-2000:]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(hub, tmp_path):

@@ -12,7 +12,7 @@ def test_docstrings_are_learned_and_the_result_works_in_a_pipeline(run, tmp_path
     assert "left out: lm_head" in done.stdout and "400 texts for training, 480 for test, 8 classes" in done.stdout
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["parent"] == str(TINY) and metrics["final"]["metric"] == "accuracy"
-    assert metrics["final"]["test/metric"] == metrics["final"]["test/accuracy"] > 0.15  # chance is 0.125
+    assert metrics["final"]["test/metric"] == metrics["final"]["test/accuracy"] > 0.18  # chance is 0.125
     from transformers import pipeline
 
     answer = pipeline("text-classification", model=str(tmp_path / "run/model"))("Returns a tensor of the same shape.")
@@ -29,11 +29,3 @@ def test_own_csv_with_string_labels_and_macro_f1(run, tmp_path):
     final = json.loads((tmp_path / "run/metrics.json").read_text())["final"]
     assert final["metric"] == "macro_f1" and final["test/metric"] == final["test/macro_f1"] > 0.9
     assert json.loads((tmp_path / "run/model/config.json").read_text())["id2label"] == {"0": "contra", "1": "pro"}
-
-
-def test_labels_in_test_that_train_lacks_are_named(run, tmp_path):
-    for split, label in (("train", "a"), ("test", "z")):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": "some words", "label": label}) + "\n")
-    done = run("finetune", "--dataset", tmp_path, "--model", TINY, "--run-dir", tmp_path / "run", code=2)
-    assert done.stderr.splitlines()[-1] == f"error: {tmp_path}: test has labels that train lacks: ['z']"
-    assert not (tmp_path / "run").exists()

@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -81,30 +80,35 @@ def test_the_diff_of_siblings_is_the_method(kind):
 
 
 def commands(path):
-    """Command lines of scripts in the code blocks and docstrings of a file."""
+    """Command lines of scripts in the code blocks, tables, sentences and docstrings of a file."""
     text = (ROOT / path).read_text()
-    return re.findall(r"^ *(?:\S*python\d?) ((?:\w+/)?\w+\.py[^\n#|]*)", text, re.MULTILINE)
+    return re.findall(r"(?:^ *|&& |`)(?:\S*python\d?) ((?:\w+/)?\w+\.py[^\n#|`]*)", text, re.MULTILINE)
 
 
-DOCUMENTS = ["README.md", *(f"{s}.py" for s in SCRIPTS), *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+PLACES = ("*.md", "*.py", "docs/*.md", "pretrained/*/README.md", "pretrained/*.py", "benchmark/*.py")
+DOCUMENTS = [str(path.relative_to(ROOT)) for place in PLACES for path in sorted(ROOT.glob(place))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS)
 def test_documented_commands_parse(path, script, hub):
     found = commands(path)
-    assert found or not path.endswith(".py")
+    assert found or path in ("docs/baselines.md", "docs/datasets.md", "benchmark/table.py")
     import tyro
 
     for command in found:
         name, *arguments = shlex.split(command)
         assert (ROOT / name).exists(), command
-        if name.removesuffix(".py") in SCRIPTS:
+        if "@dataclass" in (ROOT / name).read_text() and "…" not in arguments:
             tyro.cli(script(name.removesuffix(".py")).Args, args=arguments)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_lists_every_flag(name, run):
-    shown = run(name, "--help").stdout
+def test_help_lists_every_flag(name, script, capsys):
+    import tyro
+
+    with pytest.raises(SystemExit):
+        tyro.cli(script(name).Args, args=["--help"])
+    shown = capsys.readouterr().out
     for field, *_ in flags(name):
         assert f"--{field.replace('_', '-')}" in shown
 
@@ -114,7 +118,7 @@ def test_tags_in_the_readme_are_the_tags_in_the_scripts():
     for name in SCRIPTS:
         written |= set(re.findall(r"\"((?:losses|charts|eval)/\w+)\"", (ROOT / f"{name}.py").read_text()))
     documented = set(re.findall(r"`((?:losses|charts|eval)/\w+)`", (ROOT / "README.md").read_text()))
-    assert written <= documented
+    assert len(written) > 10 and written <= documented
 
 
 def test_nothing_runs_code_from_a_download():
@@ -125,7 +129,3 @@ def test_nothing_runs_code_from_a_download():
         assert len(re.findall(r"\w*For\w+\.from_pretrained\(", text)) == text.count("use_safetensors=True") > 0
         auto = re.findall(r"Auto\w+\.from_pretrained\(|\)\.from_pretrained\(", text)
         assert len(auto) == text.count("trust_remote_code=False") > 0
-
-
-def test_python_is_recent():
-    assert sys.version_info >= (3, 10)
