@@ -5,7 +5,7 @@ Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee
 ViT-MAE further on the target images. Each further round takes the last model as teacher, and trains the *original* weights
 again, on masked auto-encoding plus the distance of their CLS vector to the teacher's on the whole image.
 
-    python self_distill_vit.py                           # 4,000 digits, a tiny ViT, no download: two minutes on a CPU
+    python self_distill_vit.py                           # 4,000 digits, a tiny ViT, no download: two to three minutes on a CPU
     python self_distill_vit.py --dataset cub --rounds 2  # the paper's recipe: ViT-B/16, 20,000 steps a round, on a GPU
 """
 

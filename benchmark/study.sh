@@ -16,7 +16,7 @@ data=${1:?mnist5k or docstrings} here=$(dirname "$0")/.. runs=runs/study_$1
 script=$([ "$data" = mnist5k ] && echo self_distill_vit || echo self_distill_roberta)
 
 run() {  # script, name, other flags
-  [ -e "$runs/$2/metrics.json" ] || python "$here/$1.py" --dataset "$data" --seed "$seed" --run-dir "$runs/$2" --resume "${@:3}"
+  [ -e "$runs/$2/metrics.json" ] || python "$here/$1.py" --dataset "$data" --seed "$seed" --run-dir "$runs/$2" --resume "${@:3}" < /dev/null
 }
 for seed in 1 2 3 4 5; do
   run $script "pretraining/rounds_$seed" --rounds 2

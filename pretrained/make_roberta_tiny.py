@@ -6,7 +6,7 @@ A RoBERTa (Liu et al. 2019, https://arxiv.org/abs/1907.11692) of width 128 and d
 8,192 made from the same text. Ordinary masked language modelling, not the paper's method: 20 % of the tokens, 80/10/10.
 So small a model on so few tokens does not find out by itself that a word depends on its neighbours: from an ordinary start
 the loss stays at 6.4 for hours, where a bag of words would be. `attend_to_neighbours` gives it that much to begin with.
-About 80 minutes on 1 CPU core. A killed run goes on with the same command; the state is `<out>.resume.pt`.
+About 90 minutes on 1 CPU core. A killed run goes on with the same command; the state is `<out>.resume.pt`.
 """
 
 import json

@@ -6,7 +6,7 @@ A ViT-MAE (He et al. 2022, https://arxiv.org/abs/2111.06377) of width 192 and de
 This is ordinary pre-training, not the paper's method: here, and only here, images are cropped and flipped, since
 nothing but augmentation keeps some ten thousand pictures from being learned by heart over many epochs.
 The matrices are trained by Muon (torch.optim.Muon; Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), which got
-the loss to 0.69 in three minutes where AdamW was at 0.74. About 80 minutes on 1 CPU core.
+the loss to 0.69 in three minutes where AdamW was at 0.74. About 90 minutes on 1 CPU core.
 A killed run goes on with the same command; the state is `<out>.resume.pt`.
 """
 
