@@ -57,8 +57,8 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
-WORKS = ("vit_distill", "vit_mae", "roberta_mlm", "roberta_distill", "tiny_vit_job", "tiny_roberta_job", "gains",
-         "baselines")  # fmt: skip
+WORKS = ("vit_distill", "vit_mae", "roberta_mlm", "roberta_logits", "roberta_distill", "tiny_vit_job", "tiny_roberta_job",
+         "gains", "baselines")  # fmt: skip
 
 
 @dataclass
@@ -423,6 +423,30 @@ def roberta_mlm(args: Args) -> dict:
     ours, naive, trainer, full_logits = text_steps(args, BASE(), args.text_batch, distil=False)
     found = compare(args, ours, {"trainer": trainer, "naive": naive, "full_logits": full_logits})
     return found  # no utilisation: batches differ in length, and with it in operations
+
+
+def roberta_logits(args: Args) -> dict:
+    """A step of further pre-training on RoBERTa-base, texts of 128 tokens: logits at the masked ones, and at all."""
+    fp, rng = script("further_pretrain_roberta"), np.random.default_rng(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
+    ids = np.concatenate(texts_of(args, fp, tokenizer, 512))
+    texts = list(ids[: len(ids) // 128 * 128].reshape(-1, 128))  # end to end, so that none is padded
+    model, allowed = RobertaForMaskedLM(BASE()).to(args.device).train(), np.arange(50265) < 8192
+    allowed[tokenizer.all_special_ids] = False
+    optimizer = fp.optimizer_and_schedule(model, fp.Args(learning_rate=1e-4, warmup_ratio=0.0), 10**6, (0.9, 0.98), 1e-6)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+    def ours() -> int:
+        rows = rng.integers(0, len(texts), args.text_batch)
+        batch = fp.collate(texts, rows, tokenizer, torch.device(args.device), allowed, 0.15, rng)
+        fp.update(model, *optimizer, batch, autocast)
+        return len(rows)
+
+    def full_logits() -> int:
+        with mock.patch.object(fp, "masked_logits", every_logit):
+            return ours()
+
+    return compare(args, ours, {"full_logits": full_logits})
 
 
 def roberta_distill(args: Args) -> dict:

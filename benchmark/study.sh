@@ -18,7 +18,7 @@ script=$([ "$data" = mnist5k ] && echo self_distill_vit || echo self_distill_rob
 run() {  # script, name, other flags
   [ -e "$runs/$2/metrics.json" ] || python "$here/$1.py" --dataset "$data" --seed "$seed" --run-dir "$runs/$2" --resume "${@:3}" < /dev/null
 }
-for seed in 1 2 3 4 5; do
+for seed in ${SEEDS:-1 2 3 4 5}; do  # SEEDS="1 2" in one terminal and "3 4 5" in another: two at a time
   run $script "pretraining/rounds_$seed" --rounds 2
   run finetune "tuned/start_$seed"
   for method in recadam mars r3f; do
@@ -28,6 +28,8 @@ for seed in 1 2 3 4 5; do
   for round in round_0 round_1 round_2; do
     run finetune "tuned/${round}_$seed" --model "$runs/pretraining/rounds_$seed/$round"
   done
+done
+for seed in ${SEEDS:-1 2 3 4 5}; do
   while read -r arm flags; do
     run $script "pretraining/${arm}_$seed" --teacher "$runs/pretraining/rounds_$seed/round_0" $flags
     run finetune "tuned/${arm}_$seed" --model "$runs/pretraining/${arm}_$seed/model"
