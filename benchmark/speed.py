@@ -13,6 +13,7 @@ naive        the published recipe, as in the authors' trainer.py: each image dec
              step, fp32 without TF32; for texts, which they did not publish, the same, one backward pass, logits of the
              vocabulary at all tokens, texts in random order
 full_logits  ours, but logits at all tokens, on batches of the same texts
+library's    own loss: of a model that is handed labels, logits and a cross-entropy at all tokens, the others ignored
 without ...  ours, but for one thing: what each gives
 trainer      transformers.Trainer: with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does; with
              ViTMAEForPreTraining and crops and flips drawn anew at each visit, as run_mae.py does
@@ -446,7 +447,21 @@ def roberta_logits(args: Args) -> dict:
         with mock.patch.object(fp, "masked_logits", every_logit):
             return ours()
 
-    return compare(args, ours, {"full_logits": full_logits})
+    def library() -> int:
+        rows = rng.integers(0, len(texts), args.text_batch)
+        batch = fp.collate(texts, rows, tokenizer, torch.device(args.device), allowed, 0.15, rng)
+        labels = torch.full_like(batch["ids"], -100).flatten()  # -100: not to be predicted
+        labels[batch["where"]] = batch["ids"].flatten()[batch["where"]]
+        labels = labels.view_as(batch["ids"])
+        with autocast:
+            loss = model(input_ids=batch["masked"], attention_mask=batch["attention"], labels=labels).loss
+        loss.backward()
+        optimizer[0].step()
+        optimizer[1].step()
+        optimizer[0].zero_grad()
+        return len(rows)
+
+    return compare(args, ours, {"full_logits": full_logits, "library's own loss": library})
 
 
 def roberta_distill(args: Args) -> dict:
