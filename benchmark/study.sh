@@ -5,8 +5,8 @@
 #   ablations  of round 1, all with the same teacher: one loss left out (no_reconstruction, no_distillation), the student
 #              starting where its teacher is (from_teacher), the distance on the mean over the tokens (on_the_mean)
 #   mars_tight added when the other arms of seed 1 were done: with its default radius, 7.4, MARS never touches these small models in
-#              these short runs (largest row sum after plain fine-tuning: 5.9), so it is plain fine-tuning bit for bit; here it is 1,
-#              which binds. Chosen by those distances, not by a score.
+#              these short runs, so it is plain fine-tuning bit for bit; here it is 1, which binds: the weights end nearer to
+#              their start (distance_from_init). Chosen by those distances, not by a score.
 # Rule, set before the runs: 5 seeds, each with its own pre-training and its own labelled samples; the default recipe for
 # every arm, nothing tuned, nothing left out; the score is that on the test split at the last step; every run's metrics.json is
 # kept, those of pre-training as well. Run again after an interruption, it goes on where it was.
