@@ -682,7 +682,7 @@ if __name__ == "__main__":
         "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1)})  # fmt: skip
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    same = asdict(args) | ({"dataset": "LABELLED"} if labels is None else {})
-    keys = [key for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed") if same[key] is not None]
-    same = [word for key in keys for word in (f"--{key.replace('_', '-')}", str(same[key]))]
+    given = asdict(args) | ({"dataset": "LABELLED"} if labels is None else {})
+    keys = [key for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed") if given[key] is not None]
+    same = [word for key in keys for word in (f"--{key.replace('_', '-')}", str(given[key]))]
     print(shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))
