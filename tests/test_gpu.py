@@ -1,0 +1,79 @@
+"""On a GPU, and skipped without one: the scripts in bf16 and compiled, a step that does not wait, the CPU's numbers in fp32."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+DEVICE = "cuda"
+VIT, ROBERTA = ROOT / "pretrained/vit-mae-tiny", ROOT / "pretrained/roberta-tiny"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SHORT = ("--device", DEVICE, "--max-train-samples", 200, "--batch-size", 16, "--log-every", 2, "--eval-every", 10)
+IMAGES, TEXTS = ("--steps", 20), ("--dataset", "docstrings", "--epochs", 2)
+STAGES = {"further_pretrain_vit": IMAGES, "self_distill_vit": IMAGES, "further_pretrain_roberta": TEXTS,
+          "self_distill_roberta": TEXTS, "finetune": IMAGES, "finetune texts": TEXTS}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_script_learns_and_its_model_is_fp32(run, tmp_path, stage, compiled):
+    from safetensors.torch import load_file
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = (*SHORT, *STAGES[stage], *["--compile"] * compiled)
+    done = run(stage.split()[0], "--run-dir", tmp_path / "run", *flags)
+    assert DEVICE in done.stdout
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    losses = [point.value for point in events.Scalars("losses/total")]
+    if stage.startswith("self"):  # of round 0: the next one has another loss
+        losses = losses[: len(losses) // 2]
+    assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
+    weights = load_file(tmp_path / "run/model/model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["args"]["precision"] == "auto"
+
+
+def image_step(sd, device, autocast):
+    """A function that takes one step of self-distillation on random images that are on the device, and the model."""
+    model, _ = sd.load_model(str(VIT), 0.75)
+    model.to(device).train()
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (64, 3, 28, 28), np.uint8)).to(device)
+    norm = torch.tensor([[0.5] * 3, [0.25] * 3], device=device)[..., None, None]
+    teacher_cls = sd.encode_all(model.vit, images, norm, autocast) + 0.1
+    args = sd.Args(learning_rate=1e-4, warmup_ratio=0.0)
+    optimizer, scheduler = sd.optimizer_and_schedule(model, args, 100, (0.9, 0.95))
+
+    def step():
+        rows = rng.integers(0, 64, 16)
+        noise = sd.upload(rng.random((16, 64), np.float32), torch.device(device))
+        pixels, target = sd.take(images, rows, norm, 64), teacher_cls[sd.upload(rows, torch.device(device))]
+        return sd.update(model, optimizer, scheduler, pixels, noise, autocast, target, args)
+
+    return step, model
+
+
+def test_a_step_on_images_does_not_wait_for_the_gpu(script):
+    step, _ = image_step(script("self_distill_vit"), DEVICE, torch.autocast(DEVICE, torch.bfloat16))
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+def test_in_fp32_the_gpu_does_what_the_cpu_does(script):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    found = {}
+    for device in ("cpu", DEVICE):
+        step, model = image_step(script("self_distill_vit"), device, torch.autocast(device, enabled=False))
+        found[device] = [{key: value.item() for key, value in step().items()} for _ in range(3)], model.cpu().state_dict()
+    for one, two in zip(found["cpu"][0], found[DEVICE][0], strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    for key, weights in found["cpu"][1].items():  # three steps of Adam move a weight by 3e-4 at most, whatever its gradient
+        apart = (weights - found[DEVICE][1][key]).abs()
+        assert (apart > 2e-5).float().mean() < 0.02, key
