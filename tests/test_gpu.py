@@ -1,4 +1,4 @@
-"""On a GPU, and skipped without one: the scripts in bf16 and compiled, a step that does not wait, the CPU's numbers in fp32."""
+"""On a GPU, skipped without one: the scripts in bf16 and compiled, a step that does not wait, the CPU's numbers in fp32."""
 
 import json
 
