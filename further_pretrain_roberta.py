@@ -1,4 +1,4 @@
-# Documentation: README.md, "One file, one stage". Sibling: self_distill_roberta.py; the diff of the two is the method.
+# Documentation: README.md, "One file, one stage". diff further_pretrain_roberta.py self_distill_roberta.py is the method.
 """Further pre-training of a RoBERTa on unlabelled texts by masked language modelling.
 
 Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a

@@ -1,4 +1,4 @@
-# Documentation: README.md, "One file, one stage". Its sibling is self_distill_vit.py: their diff is the method.
+# Documentation: README.md, "One file, one stage". diff further_pretrain_vit.py self_distill_vit.py is the method.
 """Further pre-training of a ViT on unlabelled images by masked auto-encoding.
 
 Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a

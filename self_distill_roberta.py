@@ -1,4 +1,4 @@
-# Documentation: README.md, "One file, one stage". Sibling: further_pretrain_roberta.py; the diff of the two is the method.
+# Documentation: README.md, "One file, one stage". diff further_pretrain_roberta.py self_distill_roberta.py is the method.
 """Self-distillation for further pre-training of a RoBERTa on unlabelled texts.
 
 Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a

@@ -1,4 +1,4 @@
-# Documentation: README.md, "One file, one stage". Its sibling is further_pretrain_vit.py: their diff is the method.
+# Documentation: README.md, "One file, one stage". diff further_pretrain_vit.py self_distill_vit.py is the method.
 """Self-distillation for further pre-training of a ViT on unlabelled images.
 
 Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a
