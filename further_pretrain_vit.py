@@ -218,17 +218,11 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
-def write(path: Path, content) -> None:
-    """A checkpoint (.pt), metrics (.json), or model and processor (a folder): whole at any time, whenever a kill comes."""
+def write(path: Path, save: Callable) -> None:
+    """The file or folder that save(path) makes (checkpoint, model, metrics), whole at any time, whenever a kill comes."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        if path.suffix == ".pt":
-            torch.save(content, temporary)
-        elif path.suffix == ".json":
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-        else:
-            for part in content:
-                part.save_pretrained(temporary)
+        save(temporary)
         for file in [path for path in temporary.rglob("*") if path.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
@@ -543,7 +537,7 @@ if __name__ == "__main__":
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done, "n": n}
             state |= {"stage": SCRIPT.stem, "seconds": seconds + time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
-            write(run_dir / "resume.pt", state)
+            write(run_dir / "resume.pt", partial(torch.save, state))
         if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
             tick, ticked = time.time(), done
         if stop and save and done < total_steps:
@@ -557,12 +551,13 @@ if __name__ == "__main__":
         os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0
     writer.close()
     samples, parent = total_steps * args.batch_size, args.model
-    write(run_dir / "model", (model, processor))
+    write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
-    write(run_dir / "metrics.json", {  # last: where it is, the run is complete
+    metrics = {  # written last: where it is, the run is complete
         "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(), "final": values,
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},
-        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1)})  # fmt: skip
+        "seconds": round(state["seconds"], 1), "samples_per_second": round(samples / state["seconds"], 1)}  # fmt: skip
+    write(run_dir / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
     given = asdict(args)
