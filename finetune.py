@@ -98,9 +98,9 @@ SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tens
 VISION = ("vit_mae", "vit")
 ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # Gururangan's for text
 HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
-LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, np.inf)) | {
+LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
-    "dropout": (0, 0.99), "max_length": (3, np.inf), "seed": (0, 2**32 - 1)}  # fmt: skip
+    "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -217,10 +217,9 @@ def resolve(args: Args) -> Args:
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
-        low, high = LIMITS.get(key, (0, np.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and value < np.inf):
-            above = f" and at most {high}" if high < np.inf else " and finite" if value == np.inf else ""
-            fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low}{above}")
+        low, high = LIMITS.get(key, (0, 10**9))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
     if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
