@@ -180,10 +180,9 @@ def resolve(args: Args) -> Args:
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
-    saved = {"resume.pt", "metrics.json"} & set(held)
-    ours = {name.removesuffix(".tmp") for name in held} - {"resume.pt", "metrics.json"} - ({"model"} if saved else set())
-    if args.resume and not (args.run_dir and all(name.startswith(("events.out.", "round_")) for name in ours)):
+    held = {path.name for path in run_dir.glob("*")}
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json", *["model"] * bool(held & {"resume.pt", "metrics.json"}))
+    if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
         refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
