@@ -136,8 +136,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
 def fail(message: str, code: int = 2) -> NoReturn:
-    """One line on stderr, with nothing in it that a terminal takes for a command, below the progress bar: what is wrong and
-    what would be right. Exit code 2: the user's mistake, 1: a failure under way."""
+    """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
@@ -149,12 +148,11 @@ def explain(what: str, hint: str) -> Iterator[None]:
     """Turn what a library raises into one line: what failed, the library's own first line, and what would work."""
     try:
         yield
-    except Exception as error:
+    except Exception as e:
         if "--debug" in sys.argv:
             raise
-        lines = f"{error}\n{error.__cause__ or ''}".splitlines()  # of `datasets`, the first one says nothing
-        said = [line for line in lines if line and line != "An error occurred while generating the dataset"]
-        fail(f"{what}: {(said or [type(error).__name__])[0]} ({hint})")
+        said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
+        fail(f"{what}: {said.strip().splitlines()[0]} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
