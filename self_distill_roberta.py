@@ -331,7 +331,6 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         else:
             parts = datasets.load_dataset(name)
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
-    has_test = known or "test" in parts
     if rest := sorted(set(parts) - set(splits)):
         print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
@@ -343,9 +342,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels, order = list(part[label]) if label else [], []
-        if label and isinstance(part.features[label], datasets.ClassLabel):
-            order = part.features[label].names
+        labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
+        if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]
         if None in labels:  # -1 is the Hub's mark of a hidden label
             print(f"{name}: {split} has rows without a label: it is taken as unlabelled")
@@ -364,7 +362,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if not has_test and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
+    if not (known or "test" in parts) and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         tenth = max(-(-len(data["train"][0]) // 10), len(names))
         data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
