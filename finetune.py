@@ -343,9 +343,8 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
     # The cache's key: the library's own has the script's name in it, and each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
-    part = part.map(
-        decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat, new_fingerprint=key,
-        desc=f"decode {split}", writer_batch_size=64, num_proc=workers if workers > 1 else None)  # fmt: skip
+    part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
+                    new_fingerprint=key, desc=f"decode {split}", writer_batch_size=64, num_proc=workers or None)  # fmt: skip
     chunks = part.data.column("pixels").chunks  # of 64 images; arrays are views of them, where a scalar would be a copy
     return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
 

@@ -283,9 +283,8 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
     # The cache's key: the library's own has the script's name in it, and each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
-    part = part.map(
-        decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat, new_fingerprint=key,
-        desc=f"decode {split}", writer_batch_size=64, num_proc=workers if workers > 1 else None)  # fmt: skip
+    part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
+                    new_fingerprint=key, desc=f"decode {split}", writer_batch_size=64, num_proc=workers or None)  # fmt: skip
     chunks = part.data.column("pixels").chunks  # of 64 images; arrays are views of them, where a scalar would be a copy
     return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
 
@@ -429,10 +428,8 @@ def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> floa
 
 @torch.no_grad()
 def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Input, masked input and reconstruction of a few images in three rows: (3, height, width) in [0, 1].
-
-    Predictions are normalised patch by patch and look like noise: each gets the original's mean and deviation back.
-    """
+    """Input, masked input and reconstruction of a few images in three rows: (3, height, width) in [0, 1]. Predictions are
+    normalised patch by patch and look like noise: each gets the original's mean and deviation back."""
     out, patches = model(pixels, noise=noise), model.patchify(pixels)  # (B, patches, patch * patch * 3)
     mask = out.mask[..., None]  # (B, patches, 1): 0 seen, 1 hidden
     predicted = out.logits.float() * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
