@@ -663,7 +663,7 @@ if __name__ == "__main__":
     model.to(device).train()
     pulled = model.named_parameters() if args.method in ("recadam", "mars") else ()
     anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts
-    encoder = parameters_to_vector(model.base_model.parameters()).detach().clone()
+    init = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     run_dir = Path(args.run_dir)
     if state and state["n"] != n:
@@ -705,8 +705,7 @@ if __name__ == "__main__":
         done = step + 1
         save = done % total_steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
-            weights = parameters_to_vector(model.base_model.parameters()).detach()
-            losses["charts/distance_from_init"] = (weights - encoder).norm()
+            losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
             values, save = average(losses, done, stop, world), save or stop
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)

@@ -531,7 +531,7 @@ if __name__ == "__main__":
     plain[list(tokenizer.get_vocab().values())] = True
     plain[tokenizer.all_special_ids] = False
     model.to(device).train()
-    encoder = parameters_to_vector(model.base_model.parameters()).detach().clone()
+    init = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     steps = args.epochs * -(-n // args.batch_size)  # of each round
     total_steps = steps
@@ -576,8 +576,7 @@ if __name__ == "__main__":
         done = step + 1
         save = done % steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
-            weights = parameters_to_vector(model.base_model.parameters()).detach()
-            losses["charts/distance_from_init"] = (weights - encoder).norm()
+            losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
             values, save = average(losses, done, stop, world), save or stop
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = (done - ticked) * args.epochs * n / steps / (time.time() - tick)
@@ -618,7 +617,6 @@ if __name__ == "__main__":
     write(run_dir / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    given = asdict(args)
-    keys = [key for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed") if given[key] is not None]
-    same = [word for key in keys for word in (f"--{key.replace('_', '-')}", str(given[key]))]
+    same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
+    same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     print(shlex.join(["python", "self_distill_roberta.py", *same, "--model", args.model, "--teacher", f"{run_dir}/model"]))

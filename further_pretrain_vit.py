@@ -469,7 +469,7 @@ if __name__ == "__main__":
         images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
     norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
     model.to(device).train()
-    encoder = parameters_to_vector(model.vit.parameters()).detach().clone()
+    init = parameters_to_vector(model.vit.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     total_steps = args.steps
     run_dir = Path(args.run_dir)
@@ -511,8 +511,7 @@ if __name__ == "__main__":
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
-            weights = parameters_to_vector(model.vit.parameters()).detach()
-            losses["charts/distance_from_init"] = (weights - encoder).norm()
+            losses["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()).detach() - init).norm()
             values, save = average(losses, done, stop, world), save or stop
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
@@ -551,7 +550,6 @@ if __name__ == "__main__":
     write(run_dir / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    given = asdict(args)
-    keys = [key for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed") if given[key] is not None]
-    same = [word for key in keys for word in (f"--{key.replace('_', '-')}", str(given[key]))]
+    same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
+    same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     print(shlex.join(["python", "self_distill_vit.py", *same, "--model", args.model, "--teacher", f"{run_dir}/model"]))
