@@ -299,11 +299,9 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
     """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
-
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
     column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
-    Without a test split a tenth of labelled train becomes one, stratified, always the same.
-    """
+    Without a test split a tenth of labelled train becomes one, stratified, always the same."""
     name, known, data, names = args.dataset, table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder or file can be given instead"):
         if known:
@@ -386,9 +384,7 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 
 def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng: np.random.Generator) -> tuple:
     """Masked copy of ids (B, L), and True where they are to be predicted: 80 % become <mask>, 10 % another token, 10 % stay.
-
-    plain: (vocabulary,), True for ordinary tokens; special ones and padding are neither chosen nor put in place of others.
-    """
+    plain: (vocabulary,), True for ordinary tokens; special ones and padding are neither chosen nor put in place of others."""
     chosen, how = (rng.random(ids.shape) < share) & plain[ids], rng.random(ids.shape)
     masked = np.where(chosen & (how < 0.8), mask, ids)
     masked = np.where(chosen & (how >= 0.9), rng.choice(np.flatnonzero(plain), ids.shape), masked)
@@ -398,9 +394,7 @@ def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng
 def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None, rank=0, world=1) -> dict:
     """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy,
     `where` (M,), the flat positions to predict, and the batch's count of them and of texts, for each of `world` processes.
-
-    Each process takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it.
-    """
+    Each takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it."""
     first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     ids, attention = pad(texts, rows, tokenizer.pad_token_id or 0)
     batch = {"ids": ids, "attention": attention, "start": (ids == first).argmax(1)}

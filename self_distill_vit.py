@@ -320,11 +320,9 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
     """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
-
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
     column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
-    Without a test split a tenth of labelled train becomes one, stratified, always the same.
-    """
+    Without a test split a tenth of labelled train becomes one, stratified, always the same."""
     name, known, data, names = args.dataset, table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder or file can be given instead"):
         if known:
