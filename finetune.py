@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from math import exp
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -476,15 +475,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
     if not (known or "test" in parts) and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
-        tenth = max(-(-len(data["train"][0]) // 10), len(names))
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
+        data["train"], data["test"] = split_rows(*data["train"])
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
 
 
-def split_rows(samples: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any."""
+def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
+    """Two disjoint parts, seeded, stratified by the labels where there are any; the second is a tenth if no size is given."""
+    size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
@@ -541,7 +540,7 @@ def recadam(anchors, before, rate: float, step: int, args: Args) -> None:
     lambda = 1 / (1 + exp(-k (step - t0))): first the weights are held, then set free. The pull stays out of the moments. The
     new layer has nothing to be pulled to. The authors' code pulls the weights already moved, and decays them in full.
     """
-    weight = 1 / (1 + exp(min(-args.recadam_k * (step - args.recadam_midpoint), 700)))
+    weight = 1 / (1 + np.exp(min(-args.recadam_k * (step - args.recadam_midpoint), 700)))
     for (p, pretrained, new), old in zip(anchors, before, strict=True):
         if not new:
             p.lerp_(old, 1 - weight).sub_(old - pretrained, alpha=rate * (1 - weight) * args.recadam_strength)
@@ -639,8 +638,7 @@ if __name__ == "__main__":
         fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, test as well")
     model, report, new = load_model(args.model, config, names, args.dropout)
     if args.validate:
-        tenth = max(-(-len(data["train"][0]) // 10), len(names))
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
+        data["train"], data["test"] = split_rows(*data["train"])
     split, (train, labels), (test, test_labels) = "eval" if args.validate else "test", data["train"], data["test"]
     n, kind = len(train), "image" if vision else "text"
     metric = METRICS.get(args.dataset, "accuracy" if vision else "macro_f1")

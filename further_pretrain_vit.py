@@ -354,15 +354,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
     if not (known or "test" in parts) and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
-        tenth = max(-(-len(data["train"][0]) // 10), len(names))
-        data["train"], data["test"] = split_rows(*data["train"], seed=0, test_size=tenth)
+        data["train"], data["test"] = split_rows(*data["train"])
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
 
 
-def split_rows(samples: list, labels: np.ndarray | None, seed: int, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any."""
+def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
+    """Two disjoint parts, seeded, stratified by the labels where there are any; the second is a tenth if no size is given."""
+    size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
