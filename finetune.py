@@ -48,7 +48,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 SCRIPT = Path(__file__)
 # name: (Hub id, options, input column, label column, classes, train split, its rows, rows of the split "test")
@@ -499,15 +499,11 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
                 fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
             if config.num_channels != 3:
                 fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
-            same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-                    "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "initializer_range")  # fmt: skip
-            config = ViTConfig(**{key: getattr(config, key) for key in same}, hidden_dropout_prob=dropout, **labels)
             model, info = transformers.ViTForImageClassification.from_pretrained(
-                source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
+                source, hidden_dropout_prob=dropout, use_safetensors=True, output_loading_info=True, **labels)  # fmt: skip
         else:
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(names), use_safetensors=True, output_loading_info=True, trust_remote_code=False,
-                **labels)  # fmt: skip
+                source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **labels)  # fmt: skip
     new, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     body = model.base_model_prefix + "."  # what both have: all of it must be there, but for BERT's pooler
     lost = [key for key in new + unused if key.startswith(body) and "pooler" not in key]
