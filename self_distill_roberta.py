@@ -498,8 +498,7 @@ def look(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, plain, shar
         for b, ids in enumerate(batch["masked"] if i == 0 else ()):
             told = [[tokenizer.decode([k]) for k in (truth[m], *top[m])] for m in torch.where(row == b)[0]]
             cells = tokenizer.decode(ids[batch["attention"][b] == 1]), "; ".join(f"{t}: {x}, {y}, {z}" for t, x, y, z in told)
-            cells = [cell.replace("\n", " ").replace("|", "&#124;").replace("<", "&lt;") for cell in cells]
-            table += f"|{cells[0]}|{cells[1]}|\n"
+            table += "".join("|" + c.replace("\n", " ").replace("|", "&#124;").replace("<", "&lt;") for c in cells) + "|\n"
     model.train()
     hits = torch.cat(hits)
     return hits.sum().item() / max(len(hits), 1), table
