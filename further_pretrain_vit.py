@@ -178,8 +178,7 @@ def resolve(args: Args) -> Args:
 
 
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, the checkpoint to go on from (empty without --resume), device, precision, and which process this is
-    of how many: 0 of 1, or what torchrun says."""
+    """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
