@@ -485,8 +485,7 @@ def look(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, plain, shar
             cells = tokenizer.decode(ids[batch["attention"][b] == 1]), "; ".join(f"{t}: {x}, {y}, {z}" for t, x, y, z in told)
             table += "".join("|" + c.replace("\n", " ").replace("|", "&#124;").replace("<", "&lt;") for c in cells) + "|\n"
     model.train()
-    hits = torch.cat(hits)
-    return hits.sum().item() / max(len(hits), 1), table
+    return torch.cat(hits).float().mean().nan_to_num().item(), table
 
 
 # ------------------------------------------------------------------------------------------------ THE METHOD
