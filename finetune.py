@@ -611,8 +611,6 @@ if __name__ == "__main__":
     args, state, device, autocast, rank, world = set_up(args)
     if args.method == "recadam" and args.learning_rate * args.recadam_strength > 1:
         fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: it overshoots")
-    if rank > 0:  # rank 0 first, then the others, who find the cache filled
-        torch.distributed.barrier()
     if vision:
         size = config.image_size
         processor.size = {"height": size, "width": size}
@@ -624,9 +622,8 @@ if __name__ == "__main__":
         processor.model_max_length = min(processor.model_max_length, fits - fits % 8)
         reading = (TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
                    partial(tokenize_all, tokenizer=processor, length=args.max_length))  # fmt: skip
-    data, names = load_data(args, *reading, ("train", "test"))
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
+    with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
+        data, names = load_data(args, *reading, ("train", "test"))
     if len(names) < 2 or "test" not in data or any(labels is None for _, labels in data.values()):
         fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, test as well")
     model, report, new = load_model(args.model, config, names, args.dropout)

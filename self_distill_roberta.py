@@ -532,13 +532,10 @@ if __name__ == "__main__":
     if teacher and ([p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]
                     or words.get_vocab() != tokenizer.get_vocab()):  # fmt: skip
         fail(f"--teacher {args.teacher} has another shape or tokenizer than --model {args.model}: the two must be of one kind")
-    if rank > 0:  # rank 0 first, then the others, who find the cache filled
-        torch.distributed.barrier()
-    data, names = load_data(
-        args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
-        partial(tokenize_all, tokenizer=tokenizer, length=args.max_length), ("train",))  # fmt: skip
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
+    with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
+        data, names = load_data(
+            args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
+            partial(tokenize_all, tokenizer=tokenizer, length=args.max_length), ("train",))  # fmt: skip
     texts, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
     n, lengths = len(texts), np.array([len(ids) for ids in texts])
     if 0 < n % args.batch_size < world:

@@ -476,14 +476,11 @@ if __name__ == "__main__":
     if teacher and [p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]:
         fail(f"--teacher {args.teacher} has another shape than --model {args.model}: the two must be of one architecture")
     size, patches = model.config.image_size, model.vit.embeddings.patch_embeddings.num_patches
-    if rank > 0:  # rank 0 first, then the others, who find the cache filled
-        torch.distributed.barrier()
-    data, names = load_data(
-        args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
-        lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)), ("train",)
-    )  # fmt: skip
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
+    with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
+        data, names = load_data(
+            args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
+            lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)), ("train",)
+        )  # fmt: skip
     images, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
     n = len(images)
     if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
