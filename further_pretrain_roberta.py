@@ -530,9 +530,8 @@ if __name__ == "__main__":
             run_dir.mkdir(parents=True, exist_ok=True)
             writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
-        print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, "
-              f"{sum(p.numel() for p in model.parameters()):,} weights, {device}"
-              + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
+        print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, {model.num_parameters():,} weights, "
+              f"{device}" + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):

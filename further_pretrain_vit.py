@@ -473,7 +473,7 @@ if __name__ == "__main__":
             run_dir.mkdir(parents=True, exist_ok=True)
             writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
-        print(f"{json.dumps(asdict(args))}\n{n:,} images, {sum(p.numel() for p in model.parameters()):,} weights, {device}"
+        print(f"{json.dumps(asdict(args))}\n{n:,} images, {model.num_parameters():,} weights, {device}"
               + " (a small run: real digits and a tiny model)" * (args.dataset == "mnist5k"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step, save, leave
