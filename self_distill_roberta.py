@@ -88,7 +88,7 @@ class Args:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the matrix products; auto is bf16 on CUDA (TF32 for the rest) and fp32 on a CPU (where bf16 without AMX is slower)"""
+    """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: bool = False
     """compile the model: a minute or more at the start, faster steps after it"""
     batch_size: int | None = None
@@ -217,7 +217,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         sys.excepthook = hook  # before which torch has put its own
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
     state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
@@ -254,7 +255,7 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -573,6 +574,7 @@ if __name__ == "__main__":
         model.load_state_dict(state["model"])
     if args.compile:
         model.compile()
+        model.base_model.compile()  # which encode calls
     # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
     spread_out = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -637,8 +639,10 @@ if __name__ == "__main__":
         if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
             tick, ticked = time.time(), done
         if stop and save and done < total_steps:
+            if world > 1:
+                torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
             if rank > 0:
-                os._exit(0)  # in silence: torchrun ends all when one fails, and rank 0 is still saving
+                os._exit(0)
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
     if world > 1:

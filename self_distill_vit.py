@@ -88,7 +88,7 @@ class Args:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the matrix products; auto is bf16 on CUDA (TF32 for the rest) and fp32 on a CPU (where bf16 without AMX is slower)"""
+    """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: bool = False
     """compile the model: a minute or more at the start, faster steps after it"""
     batch_size: int | None = None
@@ -215,7 +215,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         sys.excepthook = hook  # before which torch has put its own
         torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
         args = shared[0]
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)
     state, checkpoint = {}, Path(args.run_dir) / "resume.pt"
@@ -252,7 +253,7 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -381,7 +382,7 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
 
 
-def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, BaseImageProcessor]:
+def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[ViTMAEForPreTraining, BaseImageProcessor]:
     """Encoder and decoder from safetensors, in fp32, with every weight accounted for; and the matching image processor."""
     with explain(f"cannot load model {source}", "a folder with config, model.safetensors, preprocessor_config works"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -400,7 +401,10 @@ def load_model(source: str, mask_ratio: float) -> tuple[ViTMAEForPreTraining, Ba
         fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table.requires_grad_(False)  # fixed sine-cosine tables, which from_pretrained of transformers 5 leaves trainable
-    return model.float(), processor  # fp32, whatever precision the file is in
+    # bf16 would round the pixels themselves: on the digits, to a gradient that is wrong by its own length. 4 % without that.
+    projection = model.vit.embeddings.patch_embeddings.projection
+    projection.forward = torch.autocast(device.type, enabled=False)(projection.forward)
+    return model.float().to(device), processor  # fp32, whatever precision the file is in
 
 
 # ------------------------------------------------------------------------------------------------ looking at the model
@@ -471,8 +475,8 @@ if __name__ == "__main__":
     args, state, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
     if args.reconstruction_coef == args.distill_coef == 0:
         fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
-    model, processor = load_model(args.model, args.mask_ratio)
-    teacher = load_model(args.teacher, args.mask_ratio)[0] if args.teacher else None
+    model, processor = load_model(args.model, args.mask_ratio, device)
+    teacher = load_model(args.teacher, args.mask_ratio, device)[0] if args.teacher else None
     if teacher and [p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]:
         fail(f"--teacher {args.teacher} has another shape than --model {args.model}: the two must be of one architecture")
     size, patches = model.config.image_size, model.vit.embeddings.patch_embeddings.num_patches
@@ -486,7 +490,7 @@ if __name__ == "__main__":
     if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
         images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
     norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
-    model.to(device).train()
+    model.train()
     original = {key: value.clone() for key, value in model.state_dict().items()}  # where each round's student starts
     init = parameters_to_vector(model.vit.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
@@ -524,10 +528,10 @@ if __name__ == "__main__":
             if t > first:
                 if world > 1:
                     torch.distributed.barrier()  # until it is saved
-                teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio)[0]
+                teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio, device)[0]
             teacher_cls = None
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
-                teacher_cls = encode_all(teacher.to(device).vit, images, norm, autocast, args.representation)  # (N, D)
+                teacher_cls = encode_all(teacher.vit, images, norm, autocast, args.representation)  # (N, D)
                 spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
                     accuracy = knn_accuracy(encode_all(teacher.vit, seen, norm, autocast), labels)
@@ -576,8 +580,10 @@ if __name__ == "__main__":
         if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
             tick, ticked = time.time(), done
         if stop and save and done < total_steps:
+            if world > 1:
+                torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
             if rank > 0:
-                os._exit(0)  # in silence: torchrun ends all when one fails, and rank 0 is still saving
+                os._exit(0)
             fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
     bar.close()
     if world > 1:

@@ -2,7 +2,7 @@
 
     python benchmark/speed.py                                     # embedded texts; base-size models with random weights
     python benchmark/speed.py --texts path/to/scierc --work roberta_mlm
-    python benchmark/speed.py --device cuda --vit-batch 64 --text-batch 128
+    python benchmark/speed.py --device cuda --vit-batch 64 --text-batch 128    # and again with --compile
 
 Everything is timed in one process in alternating blocks, the first of each left out, so that whatever else the machine does
 falls on both alike. Ratios are of samples per second, ours over theirs; each block gives one ratio, their median and range
@@ -67,7 +67,7 @@ class Args:
     work: tuple[str, ...] = WORKS
     """what to time"""
     device: str = "cpu"
-    """cpu or cuda; on CUDA ours runs in bf16, theirs in fp32 as published"""
+    """cpu or cuda; on CUDA ours runs in bf16, theirs in fp32 as published, without TF32"""
     texts: Path | None = None
     """a folder that load_dataset reads, with a split `train` and a column `text`; default the embedded docstrings"""
     vit_batch: int = 8
@@ -78,10 +78,12 @@ class Args:
     """different images of self-distillation on ViT-B/16; the teacher looks at each once before the clock starts"""
     blocks: int = 5
     """alternations, after one to warm up"""
-    steps: int = 2
-    """optimizer steps in each block"""
+    steps: int | None = None
+    """optimizer steps in each block; default 2, and 20 on CUDA"""
     tiny_steps: int = 100
     """optimizer steps of a whole job of the tiny models: the embedded recipe's"""
+    compile: bool = False
+    """ours with --compile"""
     out: Path = Path("benchmark/results/speed.json")
     """results are added to this file, by work and device"""
 
@@ -114,16 +116,20 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
     """Blocks of `steps` calls in turn. Each call is one optimizer step and returns its number of samples."""
-    speeds = {name: [] for name in ("ours", *theirs)}
+    speeds, memory = {name: [] for name in ("ours", *theirs)}, {}
     for block in range(args.blocks + 1):
         for name, step in (("ours", ours), *theirs.items()):
+            if args.device == "cuda":  # of this arm, with the weights of the others beside it
+                torch.cuda.reset_peak_memory_stats()
             start = wait(args.device)
             samples = sum(step() for _ in range(args.steps))
+            if args.device == "cuda":
+                memory[name] = {"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
             if block:  # the first is to warm up
                 speeds[name].append(samples / (wait(args.device) - start))
             print(f"  block {block} {name}: {samples / (wait(args.device) - start):.2f} samples/s", flush=True)
     found = {name: {"samples_per_second": round(statistics.median(s), 3), "range": [round(min(s), 3), round(max(s), 3)]}
-             for name, s in speeds.items()}  # fmt: skip
+             | memory.get(name, {}) for name, s in speeds.items()}  # fmt: skip
     for name in theirs:
         ratios = [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)]
         found[name] |= {"ours_is_times": round(statistics.median(ratios), 3)}
@@ -134,6 +140,13 @@ def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
 def plain_adamw(model: torch.nn.Module, rate: float, betas: tuple[float, float], eps: float = 1e-8) -> torch.optim.AdamW:
     """As a user writes it: not fused."""
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, eps=eps, weight_decay=0.01)
+
+
+def pixels_in_fp32(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """What `load_model` of the image scripts does to a model: see there."""
+    projection = model.vit.embeddings.patch_embeddings.projection
+    projection.forward = torch.autocast(device, enabled=False)(projection.forward)
+    return model
 
 
 def tf32(on: bool) -> None:
@@ -178,13 +191,17 @@ def whole_cls(model: ViTMAEForPreTraining, pixels: torch.Tensor) -> torch.Tensor
 
 def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], rate: float = 1e-4):
     """(ours, naive): functions that take one step of self-distillation on a new batch; and a batch's reading alone."""
-    sd, n, size = script("self_distill_vit"), len(files), config.image_size
+    sd, n, size, device = script("self_distill_vit"), len(files), config.image_size, torch.device(args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
     norm = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], device=args.device)[..., None, None]
     torch.manual_seed(0)
     teacher = ViTMAEForPreTraining(config).to(args.device).eval()
     students = [ViTMAEForPreTraining(config).to(args.device).train() for _ in range(2)]
+    pixels_in_fp32(students[0], args.device)
+    if args.compile:
+        students[0].vit.compile()
+        students[0].decoder.compile()
     flags = sd.Args(learning_rate=rate, warmup_ratio=0.0)
     patches, rng = teacher.vit.embeddings.patch_embeddings.num_patches, np.random.default_rng(0)
 
@@ -204,9 +221,8 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
         if not state:
             state["images"], state["teacher"] = prepare()
         rows = rng.integers(0, n, batch)
-        noise = torch.from_numpy(rng.random((batch, patches), np.float32)).to(args.device)
-        pixels = sd.take(state["images"], rows, norm, size)
-        sd.update(students[0], *optimizer, pixels, noise, autocast, state["teacher"][rows], flags)
+        noise, pixels = sd.upload(rng.random((batch, patches), np.float32), device), sd.take(state["images"], rows, norm, size)
+        sd.update(students[0], *optimizer, pixels, noise, autocast, state["teacher"][sd.upload(rows, device)], flags)
         return batch
 
     def reading() -> int:
@@ -261,9 +277,16 @@ def vit_mae(args: Args) -> dict:
     optimizer = fp.optimizer_and_schedule(mine, fp.Args(learning_rate=1e-4, warmup_ratio=0.0), 10**6, (0.9, 0.95))
     rows = datasets.Dataset.from_list([{"input": {"bytes": data, "path": None}} for data in files])
     images = fp.decode_all(rows.cast_column("input", datasets.Image()), "train", 224)
+    if args.device == "cuda":
+        images = torch.from_numpy(np.stack(images)).cuda()
+    pixels_in_fp32(mine, args.device)
+    if args.compile:
+        mine.vit.compile()
+        mine.decoder.compile()
 
     def ours() -> int:
-        noise = torch.from_numpy(rng.random((batch, 196), np.float32)).to(args.device)
+        tf32(True)
+        noise = fp.upload(rng.random((batch, 196), np.float32), torch.device(args.device))
         fp.update(mine, *optimizer, fp.take(images, rng.integers(0, len(files), batch), norm, 224), noise, autocast)
         return batch
 
@@ -275,6 +298,7 @@ def vit_mae(args: Args) -> dict:
     trainer.create_optimizer_and_scheduler(10**6)
 
     def by_trainer() -> int:
+        tf32(False)
         chosen = [Image.open(io.BytesIO(files[i])).convert("RGB") for i in rng.integers(0, len(files), batch)]
         trainer.training_step(its, {"pixel_values": torch.stack([prepare(image) for image in chosen])}, batch)
         torch.nn.utils.clip_grad_norm_(its.parameters(), options.max_grad_norm)
@@ -344,6 +368,9 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     torch.manual_seed(0)
     teacher = RobertaForMaskedLM(config).to(args.device).eval()
     students = [RobertaForMaskedLM(config).to(args.device).train() for _ in range(3)]
+    if args.compile:
+        students[0].compile()
+        students[0].base_model.compile()
     flags = sd.Args(learning_rate=rate, warmup_ratio=0.0, batch_size=batch, epochs=1)
     optimizer = sd.optimizer_and_schedule(students[0], flags, 10**6, (0.9, 0.98), 1e-6)
     theirs = plain_adamw(students[1], rate, (0.9, 0.98), 1e-6)
@@ -366,7 +393,8 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
             state["teacher"] = sd.encode_all(teacher, texts, tokenizer, autocast)
         rows = next(order)
         inputs = sd.collate(texts, rows, tokenizer, args.device, plain, 0.15, rng)
-        sd.update(students[0], *optimizer, inputs, autocast, state["teacher"][rows] if distil else None, flags)
+        target = state["teacher"][sd.upload(rows, torch.device(args.device))] if distil else None
+        sd.update(students[0], *optimizer, inputs, autocast, target, flags)
         return len(rows)
 
     def full_logits() -> int:
@@ -399,6 +427,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
 
     def by_trainer() -> int:
         nonlocal trainer
+        tf32(False)
         if trainer is None:
             on_cpu = args.device == "cpu"
             options = transformers.TrainingArguments("runs/trainer", use_cpu=on_cpu, report_to=[], disable_tqdm=True)
@@ -485,7 +514,9 @@ def gains(args: Args) -> dict:
 
     def without(step: Callable, model, attention: str = "sdpa", **patches) -> Callable:
         def run() -> int:
-            model.config._attn_implementation = attention
+            for module in model.modules():  # the decoder of a ViT-MAE has a configuration of its own
+                if hasattr(module, "config"):
+                    module.config._attn_implementation = attention
             with ExitStack() as stack:
                 for name, (module, value) in patches.items():
                     stack.enter_context(mock.patch.object(module, name, value))
@@ -496,6 +527,8 @@ def gains(args: Args) -> dict:
     torch.manual_seed(0)
     sd, batch = script("self_distill_vit"), args.vit_batch
     model, teacher = (ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True)).to(dev).train() for _ in range(2))
+    for each in (model, teacher):
+        pixels_in_fp32(each, args.device)
     flags = sd.Args(learning_rate=1e-4, warmup_ratio=0.0)
     optimizer, scheduler = sd.optimizer_and_schedule(model, flags, 10**6, (0.9, 0.95))
     plain, target = plain_adamw(model, 1e-4, (0.9, 0.95)), torch.randn(batch, 768, device=dev)
@@ -503,7 +536,7 @@ def gains(args: Args) -> dict:
     def images(optimizer=optimizer, live: bool = False) -> int:
         pixels = torch.randn(batch, 3, 224, 224, device=dev)
         noise = torch.rand(batch, 196, device=dev)
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             cls = sd.encode(teacher.vit, pixels) if live else target
         sd.update(model, optimizer, scheduler, pixels, noise, autocast, cls, flags)
         return batch
@@ -577,6 +610,7 @@ def baselines(args: Args) -> dict:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    args.steps = args.steps or (20 if args.device == "cuda" else 2)
     transformers.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -588,14 +622,13 @@ if __name__ == "__main__":
         print(work, flush=True)
         found = globals()[work](args)
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else memory
         found |= {
             "hardware": chip, "threads": torch.get_num_threads(), "peak_memory_gb_of_process": round(memory / 2**30, 2),
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
             "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()},
         }  # fmt: skip
         found["args"]["texts"] = args.texts and args.texts.name
-        known[f"{work} {args.device}"] = found
+        known[f"{work} {args.device}" + " compiled" * args.compile] = found
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(known, indent=1) + "\n")
         print(json.dumps({key: found[key] for key in found if key not in ("args", "versions")}, indent=1), flush=True)

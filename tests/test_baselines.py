@@ -219,7 +219,7 @@ def test_each_baseline_learns(run, tmp_path, method, dataset):
 # ------------------------------------------------------------------------------------------------ the studies' flags
 def test_representation_is_the_cls_vector_or_the_mean_of_the_others(script, hub):
     vit, text = script("self_distill_vit"), script("self_distill_roberta")
-    model, _ = vit.load_model(str(VIT), 0.75)
+    model, _ = vit.load_model(str(VIT), 0.75, torch.device("cpu"))
     model.eval()
     pixels = torch.randn(2, 3, 64, 64)
     model.vit.config.mask_ratio = 0.0

@@ -1,6 +1,7 @@
 """The image half: the method against slow versions written here, each script as a process, hand-offs, faults."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -33,7 +34,7 @@ def batch():
 
 def tiny(module, moved=0.0):
     """The embedded model, with some noise on its weights where `moved`."""
-    model, _ = module.load_model(str(TINY), 0.75)
+    model, _ = module.load_model(str(TINY), 0.75, torch.device("cpu"))
     torch.manual_seed(1)
     for p in model.parameters():
         p.data += moved * torch.randn_like(p) * p.requires_grad
@@ -74,6 +75,22 @@ def test_whole_image_encoding_is_vitmodels(sd, batch):
     torch.testing.assert_close(sd.encode(model.vit, batch[0]), vit(batch[0]).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
     assert model.config.mask_ratio == 0.75  # put back: the next forward masks again
     assert model(batch[0], noise=batch[1]).mask.sum() == 4 * 48
+
+
+def test_in_bf16_the_gradient_on_digits_is_near_that_of_fp32(fp):
+    """Rounded pixels would shift a whole background at once, so the patches' projection stays in fp32."""
+    model, gradients = tiny(fp), []
+    digits = [np.asarray(row["image"].convert("RGB")).transpose(2, 0, 1) for row in itertools.islice(fp.mnist5k("train"), 32)]
+    norm = torch.tensor(IMAGENET)[..., None, None]
+    pixels, noise = fp.take(digits, np.arange(32), norm, 64), torch.rand(32, 64, generator=torch.Generator().manual_seed(0))
+    for bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(pixels, noise=noise).loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    apart = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 0 < apart < 0.1  # above 1 with the projection in bf16
 
 
 @pytest.mark.parametrize(("representation", "tokens"), [("cls", 1), ("mean", 65)])
@@ -272,11 +289,11 @@ def test_each_round_starts_a_student_from_the_original_weights(run, sd, tmp_path
         noise = torch.from_numpy(np.random.default_rng([1, t, 1, 0]).random((8, 64), np.float32))
         student, teacher_cls, pixels = tiny(sd), None, sd.take(images, rows, norm, 64)
         if t:
-            teacher, _ = sd.load_model(str(tmp_path / f"run/round_{t - 1}"), 0.75)
+            teacher, _ = sd.load_model(str(tmp_path / f"run/round_{t - 1}"), 0.75, torch.device("cpu"))
             with torch.no_grad():
                 teacher_cls = sd.encode(teacher.eval().vit, pixels)
         sd.update(student, *sd.optimizer_and_schedule(student, args, 1, (0.9, 0.95)), pixels, noise, FP32, teacher_cls, args)
-        found = sd.load_model(str(tmp_path / f"run/round_{t}"), 0.75)[0].state_dict()
+        found = sd.load_model(str(tmp_path / f"run/round_{t}"), 0.75, torch.device("cpu"))[0].state_dict()
         for name, expected in student.state_dict().items():
             assert torch.equal(found[name], expected), f"round {t}, {name}"
 
