@@ -1,4 +1,5 @@
-# Documentation: README.md, "One file, one stage". diff further_pretrain_roberta.py self_distill_roberta.py is the method.
+# Read update() first, then the loop: what is above THE METHOD serves it. diff further_pretrain_roberta.py
+# self_distill_roberta.py is the paper's algorithm. Documentation: README.md, "One file, one stage".
 """Further pre-training of a RoBERTa on unlabelled texts by masked language modelling.
 
 Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a
@@ -64,6 +65,7 @@ HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every"
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
+SPLITS = ("train", "validation", "valid", "val", "dev", "test", "data")
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
 # The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
@@ -95,13 +97,13 @@ class Args:
     learning_rate: float | None = None
     """peak, falling linearly to 0; default by dataset"""
     weight_decay: float = 0.01
-    """AdamW's; not on biases and other 1-d parameters"""
+    """AdamW's; not on biases and other 1-d parameters, such as those of layer norms"""
     warmup_ratio: float | None = None
     """part of the steps in which the learning rate rises from 0; default by dataset"""
     save_every: int | None = None
     """steps between two checkpoints, 0 for none within a round; default by dataset"""
     eval_every: int | None = None
-    """steps between two looks at the model (k-NN probe, pictures or sentences; scores of --validate), 0 for none"""
+    """steps between two looks at the model (k-NN probe, pictures, sentences; scores if finetune.py --validate), 0 for none"""
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
@@ -159,7 +161,8 @@ def resolve(args: Args) -> Args:
         low, high = LIMITS.get(key, (0, 10**9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
-    if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
+    hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
+    if args.dataset not in NAMES and not hub_id and not Path(args.dataset).exists():
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
@@ -183,7 +186,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        sys.excepthook = lambda kind, error, _: fail(
+            "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error!s:.200} {hint}", 1)  # fmt: skip
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -231,7 +235,7 @@ def write(path: Path, save: Callable) -> None:
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
-    """AdamW, with weight decay on matrices only, and a learning rate that falls linearly to 0 after the warm-up."""
+    """AdamW, with weight decay on no 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -303,7 +307,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
     Without a test split a tenth of labelled train becomes one, stratified, always the same."""
     name, known, data, names = args.dataset, table.get(args.dataset), {}, []
-    with explain(f"cannot load {name}", "a folder or file can be given instead"):
+    with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
@@ -311,8 +315,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             if Path(name).suffix.lower() not in KINDS:  # of the other kinds, one runs what is in the file
                 raise ValueError(f"files are read that end in {', '.join(KINDS)}")
             parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
-        else:
-            parts = datasets.load_dataset(name)
+        else:  # of a folder without names of splits all is train: by itself the library would take test.jpg for another split
+            inside = [p for p in Path(name).glob("*") if p.is_dir() or p.suffix.lower() in KINDS]
+            plain = Path(name).is_dir() and not any(p.stem.split("-")[0].lower() in SPLITS for p in inside)
+            parts = datasets.load_dataset(name, data_files="**" if plain else None)
+            files = sum(p.is_file() for p in Path(name).rglob("*"))
+            if (unread := files - sum(map(len, parts.values()))) > 0:
+                print(f"{name}: {unread} of its {files} files are not read")
+    if not known and "train" not in parts and {"validation", "test"} & set(parts):
+        fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
     if rest := sorted(set(parts) - set(splits)):
         print(f"{name}: not used here: {', '.join(rest)}")
@@ -329,7 +340,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]
         if None in labels:  # -1 is the Hub's mark of a hidden label
-            print(f"{name}: {split} has rows without a label: it is taken as unlabelled")
+            print(f"{name}: {labels.count(None)} rows of {split} have no label: it is taken as unlabelled")
             label, labels = None, []
         labels = [str(value) for value in labels]
         order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
@@ -345,7 +356,9 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if not (known or "test" in parts) and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
+    if not (known or "test" in parts or names):
+        print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
+    elif not (known or "test" in parts) and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"])
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
@@ -536,10 +549,12 @@ if __name__ == "__main__":
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                                 rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
     fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 200)).astype(int)]  # what the masked accuracy is measured on
-    seen = texts[:: -(-n // KNN_TEXTS)]  # by the probe: from everywhere, since rows may be sorted by class
+    every = -(-n // KNN_TEXTS)  # rounded up: the probe sees texts from everywhere, since rows may be sorted by class
+    seen = texts[::every]
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels), 0)
     order = batches_of_epochs(args, 0, lengths)
@@ -549,8 +564,9 @@ if __name__ == "__main__":
         part.load_state_dict(state[name])
     if args.compile:
         model.compile()
+        model.base_model.compile()  # which encode calls
     # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
-    spread_out = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
@@ -558,7 +574,7 @@ if __name__ == "__main__":
         torch.manual_seed(int(rng.integers(2**62)) + rank)
         batch = collate(texts, order[step], tokenizer, device, plain, args.mlm_probability, rng, rank, world)
         rate = scheduler.get_last_lr()[0]
-        losses = update(spread_out, optimizer, scheduler, batch, autocast)
+        losses = update(parallel, optimizer, scheduler, batch, autocast)
         bar.update()
         done = step + 1
         save = done % steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
@@ -589,7 +605,7 @@ if __name__ == "__main__":
                 torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
             if rank > 0:
                 os._exit(0)
-            fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
+            fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
     bar.close()
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -607,5 +623,7 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
     same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
+    same |= {key: getattr(args, key) for key in ("epochs", "batch_size", "learning_rate", "mlm_probability", "max_length")}
+    same |= {"model": args.model, "teacher": f"{run_dir}/model"}
     same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-    print(shlex.join(["python", "self_distill_roberta.py", *same, "--model", args.model, "--teacher", f"{run_dir}/model"]))
+    print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("self_distill_roberta.py")), *same]))

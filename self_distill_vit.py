@@ -1,4 +1,5 @@
-# Documentation: README.md, "One file, one stage". diff further_pretrain_vit.py self_distill_vit.py is the method.
+# Read update() first, then the loop: what is above THE METHOD serves it. diff further_pretrain_vit.py self_distill_vit.py is
+# the paper's algorithm. Documentation: README.md, "One file, one stage".
 """Self-distillation for further pre-training of a ViT on unlabelled images.
 
 Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a
@@ -69,6 +70,7 @@ HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every"
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
+SPLITS = ("train", "validation", "valid", "val", "dev", "test", "data")
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
@@ -96,13 +98,13 @@ class Args:
     learning_rate: float | None = None
     """peak, falling linearly to 0; default by dataset"""
     weight_decay: float = 0.01
-    """AdamW's; not on biases and other 1-d parameters"""
+    """AdamW's; not on biases and other 1-d parameters, such as those of layer norms"""
     warmup_ratio: float | None = None
     """part of the steps in which the learning rate rises from 0; default by dataset"""
     save_every: int | None = None
     """steps between two checkpoints, 0 for none within a round; default by dataset"""
     eval_every: int | None = None
-    """steps between two looks at the model (k-NN probe, pictures or sentences; scores of --validate), 0 for none"""
+    """steps between two looks at the model (k-NN probe, pictures, sentences; scores if finetune.py --validate), 0 for none"""
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
@@ -171,7 +173,8 @@ def resolve(args: Args) -> Args:
         low, high = LIMITS.get(key, (0, 10**9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
-    if args.dataset not in NAMES and "/" not in args.dataset and not Path(args.dataset).exists():
+    hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
+    if args.dataset not in NAMES and not hub_id and not Path(args.dataset).exists():
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
@@ -195,7 +198,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {str(error)[:200]} {hint}", 1)
+        sys.excepthook = lambda kind, error, _: fail(
+            "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error!s:.200} {hint}", 1)  # fmt: skip
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -243,7 +247,7 @@ def write(path: Path, save: Callable) -> None:
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
-    """AdamW, with weight decay on matrices only, and a learning rate that falls linearly to 0 after the warm-up."""
+    """AdamW, with weight decay on no 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -282,6 +286,8 @@ def decode(row: dict, number: int, size: int) -> dict:
     """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
     try:
         image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, save it with 8 bits")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
@@ -324,7 +330,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
     Without a test split a tenth of labelled train becomes one, stratified, always the same."""
     name, known, data, names = args.dataset, table.get(args.dataset), {}, []
-    with explain(f"cannot load {name}", "a folder or file can be given instead"):
+    with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
@@ -332,8 +338,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             if Path(name).suffix.lower() not in KINDS:  # of the other kinds, one runs what is in the file
                 raise ValueError(f"files are read that end in {', '.join(KINDS)}")
             parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
-        else:
-            parts = datasets.load_dataset(name)
+        else:  # of a folder without names of splits all is train: by itself the library would take test.jpg for another split
+            inside = [p for p in Path(name).glob("*") if p.is_dir() or p.suffix.lower() in KINDS]
+            plain = Path(name).is_dir() and not any(p.stem.split("-")[0].lower() in SPLITS for p in inside)
+            parts = datasets.load_dataset(name, data_files="**" if plain else None)
+            files = sum(p.is_file() for p in Path(name).rglob("*"))
+            if (unread := files - sum(map(len, parts.values()))) > 0:
+                print(f"{name}: {unread} of its {files} files are not read")
+    if not known and "train" not in parts and {"validation", "test"} & set(parts):
+        fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
     if rest := sorted(set(parts) - set(splits)):
         print(f"{name}: not used here: {', '.join(rest)}")
@@ -350,7 +363,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]
         if None in labels:  # -1 is the Hub's mark of a hidden label
-            print(f"{name}: {split} has rows without a label: it is taken as unlabelled")
+            print(f"{name}: {labels.count(None)} rows of {split} have no label: it is taken as unlabelled")
             label, labels = None, []
         labels = [str(value) for value in labels]
         order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
@@ -366,7 +379,9 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
-    if not (known or "test" in parts) and names and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
+    if not (known or "test" in parts or names):
+        print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
+    elif not (known or "test" in parts) and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"])
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
@@ -409,13 +424,14 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
 
 # ------------------------------------------------------------------------------------------------ looking at the model
 def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
-    """CLS vectors (B, D) after the final layernorm of whole images: nothing masked, patches in order. Or the patches' mean."""
+    """CLS vectors (B, D) after the final layernorm of whole images. Or the patches' mean. The patches with the largest noise
+    are hidden, and shuffled by it: with a ratio of 0 and rising noise none is, and they stay in order."""
     order = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
     last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
     keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
     with last.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :keep],)):
-        hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D)
+        hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D), of which only what is read is right
     vit.config.mask_ratio = ratio
     return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
 
@@ -452,15 +468,15 @@ def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tens
 
 
 # ------------------------------------------------------------------------------------------------ THE METHOD
-def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_cls, args) -> dict[str, torch.Tensor]:
+def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_vectors, args) -> dict[str, torch.Tensor]:
     """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches), whose largest 75 % are the hidden patches;
-    teacher_cls: (B, D), the teacher's CLS vectors of the same whole images; None in round 0, which is Algorithm 2."""
+    teacher_vectors: (B, D), the teacher's CLS vectors of the same whole images; None in round 0, which is Algorithm 2."""
     vit = getattr(model, "module", model).vit  # DistributedDataParallel wraps the model
     with autocast:
         reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
         losses = {"losses/reconstruction": reconstruction, "losses/total": reconstruction}
-        if teacher_cls is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' code
-            distill = (encode(vit, pixels, args.representation) - teacher_cls).pow(2).sum(dim=1).mean()
+        if teacher_vectors is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' code
+            distill = (encode(vit, pixels, args.representation) - teacher_vectors).pow(2).sum(dim=1).mean()
             total = args.reconstruction_coef * reconstruction + args.distill_coef * distill
             losses |= {"losses/distill": distill, "losses/total": total}
     losses["losses/total"].backward()
@@ -494,8 +510,8 @@ if __name__ == "__main__":
     original = {key: value.clone() for key, value in model.state_dict().items()}  # where each round's student starts
     init = parameters_to_vector(model.vit.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
-    first = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
-    total_steps = (args.rounds + 1 - first) * args.steps
+    first_round = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
+    total_steps = (args.rounds + 1 - first_round) * args.steps
     run_dir = Path(args.run_dir)
     if state and state["n"] != n:
         fail(f"{args.dataset} has {n} samples for training, {state['n']} when {run_dir} began: give the same data again")
@@ -509,7 +525,8 @@ if __name__ == "__main__":
 
     stop = []  # a signal that came in: finish the step, save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                                 rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
     fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:: -(-n // KNN_IMAGES)]  # in pictures; by the probe
     if probe and start == 0:
@@ -519,24 +536,25 @@ if __name__ == "__main__":
     if args.compile:
         model.vit.compile()
         model.decoder.compile()
-    spread_out = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
     bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, tick, ticked = time.time(), time.time(), start
     for step in range(start, total_steps):
-        t, i = first + step // args.steps, step % args.steps  # step i of round t
+        t, i = first_round + step // args.steps, step % args.steps  # step i of round t
         if i == 0 or step == start:
-            if t > first:
+            if t > first_round:
                 if world > 1:
                     torch.distributed.barrier()  # until it is saved
                 teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio, device)[0]
-            teacher_cls = None
+            teacher_vectors = None
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
-                teacher_cls = encode_all(teacher.vit, images, norm, autocast, args.representation)  # (N, D)
-                spread = (teacher_cls - teacher_cls.mean(0)).pow(2).sum(1).mean().item()
+                teacher_vectors = encode_all(teacher.vit, images, norm, autocast, args.representation)  # (N, D)
+                teacher_spread = (teacher_vectors - teacher_vectors.mean(0)).pow(2).sum(1).mean().item()
                 if probe and i == 0:
                     accuracy = knn_accuracy(encode_all(teacher.vit, seen, norm, autocast), labels)
                     writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
-            # The student starts from the pre-trained weights, not from the last round's.
+            bar.set_description(f"{SCRIPT.stem}, round {t}")
+            # The student starts from the pre-trained weights, not from the last round's, with a new optimizer and schedule.
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
             order = rows_of_batches(args, t, n)
@@ -548,9 +566,9 @@ if __name__ == "__main__":
         rows = order[i][rank::world]
         noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
         noise, pixels = upload(noise, device), take(images, rows, norm, size)
-        target = None if teacher_cls is None else teacher_cls[upload(rows, device)]
+        target = None if teacher_vectors is None else teacher_vectors[upload(rows, device)]
         rate = scheduler.get_last_lr()[0]
-        losses = update(spread_out, optimizer, scheduler, pixels, noise, autocast, target, args)
+        losses = update(parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
         bar.update()
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
@@ -558,7 +576,7 @@ if __name__ == "__main__":
             losses["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()).detach() - init).norm()
             values, save = average(losses, done, stop, world), save or stop
             if t > 0:
-                values["charts/distill_unexplained"] = values["losses/distill"] / max(spread, 1e-12)
+                values["charts/distill_unexplained"] = values["losses/distill"] / max(teacher_spread, 1e-12)
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
@@ -584,7 +602,7 @@ if __name__ == "__main__":
                 torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
             if rank > 0:
                 os._exit(0)
-            fail(f"stopped by a signal at step {done}, saved: go on with --run-dir {run_dir} --resume", 1)
+            fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
     bar.close()
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -602,6 +620,6 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
     same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
-    same |= {"dataset": "LABELLED"} if labels is None else {}
+    same |= {"model": f"{run_dir}/model"} | ({"dataset": "path/to/labelled"} if labels is None else {})
     same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-    print(shlex.join(["python", "finetune.py", *same, "--model", f"{run_dir}/model"]))
+    print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("finetune.py")), *same]))

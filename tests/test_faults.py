@@ -114,7 +114,8 @@ def test_killed_twice_and_asked_to_stop_once(zygote, stages, undisturbed, tmp_pa
     steps = [i for i, name in enumerate(passed, 1) if name == "step"]
     code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, {"kind": "term", "at": steps[1]})
     assert code == 1
-    expected = f"error: stopped by a signal at step 2, saved: go on with --run-dir {tmp_path}/cut --resume"
+    expected = "error: stopped by a signal at step 2, saved: go on with the same command and "
+    expected += f"--run-dir {tmp_path}/cut --resume"
     assert said.splitlines()[-1] == expected
     for _ in range(2):
         code, _, _ = zygote("self_distill_vit", tmp_path / "cut", flags, {"kind": "kill", "at": 9}, resume=True)
@@ -323,6 +324,12 @@ def changed(source, path, **values):
     return path
 
 
+def floats(path):
+    path.mkdir()
+    Image.fromarray(np.random.default_rng(0).random((20, 20), np.float32)).save(path / "a.tiff")
+    return path
+
+
 def cropped(path):
     return changed(ROBERTA, path, vocab_size=90)
 
@@ -378,6 +385,9 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "terminal escape in a name": (V, lambda p: {"--dataset": "\x1b[31mred\x07"}, "unknown dataset [31mred : give mnist5k, "),
     "run directory in a file": (V, lambda p: {"--run-dir": csv(p / "f", "x") / "run"}, "cannot write to {p}/f/run: "),
     "run directory is a file": (V, lambda p: {"--run-dir": csv(p / "f", "x")}, "{p}/f exists: go on with it by --resume"),
+    "no split to train on": (V, lambda p: {"--dataset": photos(p / "d/test").parent}, "{p}/d has no train split, only test: "),
+    "no such folder": (V, lambda p: {"--dataset": p / "none"}, "unknown dataset {p}/none: "),
+    "floating-point pixels": (V, lambda p: {"--dataset": floats(p / "d")}, "cannot load {p}/d: cannot decode image "),
     "no teacher there": (V, lambda p: {"--teacher": p / "none"}, "cannot load model {p}/none: "),
     "teacher of the other kind": (R, lambda p: {"--teacher": VIT}, "cannot load model "),
     "texts model for images": (V, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model: a vit_mae one"),

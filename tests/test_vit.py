@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -237,7 +239,7 @@ def runs(run, tmp_path_factory):
     return out
 
 
-def test_further_pretraining_learns_and_leaves_the_right_files(runs):
+def test_further_pretraining_learns_and_leaves_the_right_files(runs, hub):
     run_dir, done = runs["further_pretrain_vit"]
     assert {p.name for p in run_dir.iterdir() if not p.name.startswith("events")} == {"model", "metrics.json"}
     assert {p.name for p in (run_dir / "model").iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -253,9 +255,11 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs):
     assert metrics["stage"] == "further_pretrain_vit" and metrics["parent"] == str(TINY)
     assert metrics["args"]["steps"] == 30 and set(metrics["versions"]) == {"torch", "torchvision", "transformers", "datasets"}
     assert metrics["final"]["losses/reconstruction"] == pytest.approx(scalars["losses/reconstruction"][-1][1])
-    assert done.stdout.strip().splitlines()[-1].strip() == (
-        "python self_distill_vit.py --dataset mnist5k --max-train-samples 400 --seed 1 "
-        f"--model {TINY} --teacher {run_dir}/model")  # fmt: skip
+    python, then, *flags = shlex.split(done.stdout.strip().splitlines()[-1])
+    assert python == "python" and (hub / then).resolve() == ROOT / "self_distill_vit.py"
+    assert flags == shlex.split(
+        "--dataset mnist5k --max-train-samples 400 --seed 1 --steps 30 --batch-size 32 --learning-rate 0.0005 "
+        f"--mask-ratio 0.75 --model {TINY} --teacher {run_dir}/model")  # fmt: skip
 
 
 def test_self_distillation_is_round_0_plus_rounds(runs):
@@ -423,6 +427,28 @@ def test_flat_unlabelled_folder_is_enough_for_pretraining(run, tmp_path):
     image_folder(tmp_path / "photos", classes=("",), n=20)
     run("self_distill_vit", "--dataset", tmp_path / "photos", "--model", TINY, "--steps", 2, "--run-dir", tmp_path / "run")
     assert (tmp_path / "run/model").exists()
+
+
+def folders_without_splits(kind, path):
+    """(classes, images for training, what is printed) of a folder in which load_dataset would see a split that is none."""
+    if kind == "files named like splits":
+        image_folder(path, classes=("",), n=20)
+        for name in ("test.jpg", "train ride.jpg", "blood-test.jpg"):
+            (path / "0.png").rename(path / name) if name == "test.jpg" else shutil.copy(path / "1.png", path / name)
+        return [], 22, "d has no column of labels (--label-column): all of it is trained on, nothing is held out for a test"
+    if kind == "not images":
+        image_folder(path, classes=("",), n=20)
+        (path / "notes.md").write_text("of a walk")
+        return [], 20, "d: 1 of its 21 files are not read"
+    image_folder(path, classes=("blood test", "cars"), n=20)
+    return ["blood test", "cars"], 36, "d has no test split: a stratified tenth of train is held out as one"
+
+
+@pytest.mark.parametrize("kind", ["files named like splits", "not images", "a class named like a split"])
+def test_a_folder_without_splits_is_read_whole(fp, tmp_path, capsys, kind):
+    names, n, said = folders_without_splits(kind, tmp_path / "d")
+    data, found = images_of(fp, fp.Args(dataset=str(tmp_path / "d")), 16, ("train",))
+    assert (found, len(data["train"][0])) == (names, n) and said in capsys.readouterr().out
 
 
 def test_grey_palette_rgba_cmyk_16_bit_and_rotated_images(sd, tmp_path):
