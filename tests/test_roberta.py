@@ -236,12 +236,14 @@ def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
     assert [step for step, _ in scalars["losses/distill"]] == [35, 40, 45, 50, 55, 60]  # none in round 0
     distances = [value for _, value in scalars["losses/distill"]]
     assert min(distances) > 0 and distances[-1] < 0.7 * distances[0]
+    assert [step for step, _ in scalars["charts/distill_unexplained"]] == [60]  # measured with the model, in eval mode
+    assert 0 < scalars["charts/distill_unexplained"][0][1] < 1  # the step's distance, with dropout, is farther than the spread
     shown = events.Tensors("eval/guesses/text_summary")[-1].tensor_proto.string_val[0].decode().splitlines()
     assert shown[0] == "|masked text|truth: the model's top 3|" and len(shown) == 10
     assert all(line.count("|") == 3 for line in shown[2:]) and any("&lt;mask>" in line for line in shown)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["stage"] == "self_distill_roberta" and metrics["final"]["losses/distill"] > 0
-    assert f"python finetune.py --dataset docstrings --max-train-samples 320 --seed 1 --model {run_dir}/model" in done.stdout
+    assert f"/finetune.py --dataset docstrings --max-train-samples 320 --seed 1 --model {run_dir}/model" in done.stdout
     model, info = AutoModelForSequenceClassification.from_pretrained(run_dir / "model", output_loading_info=True)
     assert all(key.startswith("classifier.") for key in info["missing_keys"]) and model.config.hidden_dropout_prob == 0.1
 
