@@ -525,8 +525,8 @@ def update(model, optimizer, scheduler, batch, autocast, teacher_vectors, args) 
         mlm = torch.nn.functional.cross_entropy(masked_logits(model, batch), truth, reduction="sum") / batch["tokens"]
         losses = {"losses/mlm": mlm, "losses/total": mlm}
         if teacher_vectors is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' ViT code
-            student_vectors = encode(getattr(model, "module", model), batch, args.representation)
-            distill = (student_vectors - teacher_vectors).pow(2).sum() / batch["texts"]
+            apart = encode(getattr(model, "module", model), batch, args.representation) - teacher_vectors
+            distill = apart.pow(2).sum() / batch["texts"]
             total = args.reconstruction_coef * mlm + args.distill_coef * distill
             losses |= {"losses/distill": distill, "losses/total": total}
     losses["losses/total"].backward()
@@ -558,7 +558,7 @@ if __name__ == "__main__":
     plain[list(tokenizer.get_vocab().values())] = True
     plain[tokenizer.all_special_ids] = False
     model.to(device).train()
-    original = {key: value.clone() for key, value in model.state_dict().items()}  # where each round's student starts
+    original = {key: value.clone() for key, value in model.state_dict().items()}  # where every round's student starts anew
     init = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     first_round = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
@@ -598,10 +598,8 @@ if __name__ == "__main__":
         t, i = first_round + step // steps, step % steps  # step i of round t
         if i == 0 or step == start:
             if t > first_round:
-                if world > 1:
-                    torch.distributed.barrier()  # until it is saved
-                teacher = load_model(f"{run_dir}/round_{t - 1}")[0]
-            teacher_vectors = None
+                with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # which has saved it
+                    teacher = load_model(f"{run_dir}/round_{t - 1}")[0]
             if t > 0:  # no dropout in eval mode, so the teacher's vectors are constants: once a round, not at each step
                 teacher_vectors = encode_all(teacher.to(device), texts, tokenizer, autocast, args.representation)  # (N, D)
                 teacher_spread = (teacher_vectors - teacher_vectors.mean(0)).pow(2).sum(1).mean().item()
@@ -609,7 +607,6 @@ if __name__ == "__main__":
                     accuracy = knn_accuracy(encode_all(teacher, seen, tokenizer, autocast), labels)
                     writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
             bar.set_description(f"{SCRIPT.stem}, round {t}")
-            # The student starts from the pre-trained weights, not from the last round's, with a new optimizer and schedule.
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
             order = batches_of_epochs(args, t, lengths)
@@ -621,7 +618,7 @@ if __name__ == "__main__":
         rng = np.random.default_rng([args.seed, t, 1, i])  # of the masks, and of dropout: a resumed run draws the same
         torch.manual_seed(int(rng.integers(2**62)) + rank)
         batch = collate(texts, order[i], tokenizer, device, plain, args.mlm_probability, rng, rank, world)
-        target = None if teacher_vectors is None else teacher_vectors[upload(order[i][rank::world], device)]
+        target = teacher_vectors[upload(order[i][rank::world], device)] if t > 0 else None
         rate = scheduler.get_last_lr()[0]
         losses = update(parallel, optimizer, scheduler, batch, autocast, target, args)
         bar.update()

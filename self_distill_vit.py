@@ -507,7 +507,7 @@ if __name__ == "__main__":
         images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
     norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
     model.train()
-    original = {key: value.clone() for key, value in model.state_dict().items()}  # where each round's student starts
+    original = {key: value.clone() for key, value in model.state_dict().items()}  # where every round's student starts anew
     init = parameters_to_vector(model.vit.parameters()).detach().clone()
     start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
     first_round = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
@@ -543,10 +543,8 @@ if __name__ == "__main__":
         t, i = first_round + step // args.steps, step % args.steps  # step i of round t
         if i == 0 or step == start:
             if t > first_round:
-                if world > 1:
-                    torch.distributed.barrier()  # until it is saved
-                teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio, device)[0]
-            teacher_vectors = None
+                with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # which has saved it
+                    teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio, device)[0]
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
                 teacher_vectors = encode_all(teacher.vit, images, norm, autocast, args.representation)  # (N, D)
                 teacher_spread = (teacher_vectors - teacher_vectors.mean(0)).pow(2).sum(1).mean().item()
@@ -554,7 +552,6 @@ if __name__ == "__main__":
                     accuracy = knn_accuracy(encode_all(teacher.vit, seen, norm, autocast), labels)
                     writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
             bar.set_description(f"{SCRIPT.stem}, round {t}")
-            # The student starts from the pre-trained weights, not from the last round's, with a new optimizer and schedule.
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
             order = rows_of_batches(args, t, n)
@@ -566,7 +563,7 @@ if __name__ == "__main__":
         rows = order[i][rank::world]
         noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
         noise, pixels = upload(noise, device), take(images, rows, norm, size)
-        target = None if teacher_vectors is None else teacher_vectors[upload(rows, device)]
+        target = teacher_vectors[upload(rows, device)] if t > 0 else None
         rate = scheduler.get_last_lr()[0]
         losses = update(parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
         bar.update()
