@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The paper's main comparison on two of its data sets, small: tiny models, a CPU, runs shorter than the paper's.
+#   start      fine-tuning from the tiny pre-trained model
+#   round_0    from the same model after further pre-training on the train split, without labels
+#   round_1    from the self-distilled one
+# Rule, set before the runs: 3 seeds, each with its own pre-training and its own fine-tuning; the learning rate of the embedded
+# recipes (5e-4) for every stage and arm, nothing tuned, nothing left out; the score is that on the test split at the last step;
+# every run's metrics.json is kept. Run again after an interruption, it goes on where it was.
+#     bash benchmark/paper_sets.sh images path/to/flowers102_64px   1,000 steps of 64 a round, then 1,000 of 32; accuracy
+#     bash benchmark/paper_sets.sh texts path/to/scierc             20 epochs of 32 a round, then 10; macro-F1
+# Both paths are folders with train and test that datasets.load_dataset reads.
+set -euo pipefail
+kind=${1:?images or texts} data=${2:?a folder with train and test} here=$(dirname "$0")/.. runs=runs/paper_sets_$1
+if [ "$kind" = images ]; then
+  script=self_distill_vit model=$here/pretrained/vit-mae-tiny round="--steps 1000 --batch-size 64" tuning="--steps 1000"
+else
+  script=self_distill_roberta model=$here/pretrained/roberta-tiny round="--epochs 20 --batch-size 32" tuning="--epochs 10"
+fi
+
+run() {  # script, name, other flags
+  [ -e "$runs/$2/metrics.json" ] || python "$here/$1.py" --dataset "$data" --seed "$seed" --run-dir "$runs/$2" --resume \
+    --learning-rate 5e-4 --save-every 200 --eval-every 250 --log-every 20 "${@:3}" < /dev/null
+}
+for seed in ${SEEDS:-1 2 3}; do
+  run $script "pretraining/rounds_$seed" --model "$model" $round
+  for start in start round_0 round_1; do
+    from=$([ $start = start ] && echo "$model" || echo "$runs/pretraining/rounds_$seed/$start")
+    run finetune "tuned/${start}_$seed" --model "$from" --batch-size 32 $tuning
+  done
+done
+python "$here/benchmark/table.py" "$runs"/tuned/{start,round_0,round_1}_*/metrics.json
