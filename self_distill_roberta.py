@@ -117,7 +117,7 @@ class Args:
     """show the whole traceback of an error instead of one line"""
     # of masked language modelling
     epochs: int | None = None
-    """passes over the texts in each round; default by dataset: 100 in the paper"""
+    """passes over the texts, in each round if there are several; default by dataset: 100 in the paper"""
     mlm_probability: float = 0.15
     """part of the tokens to predict: 80 % of them are masked, 10 % replaced at random, 10 % left as they are"""
     max_length: int = 512
