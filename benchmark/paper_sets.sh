@@ -3,8 +3,10 @@
 #   start      fine-tuning from the tiny pre-trained model
 #   round_0    from the same model after further pre-training on the train split, without labels
 #   round_1    from the self-distilled one
-#   no_distillation  of the texts alone, and added when the other arms of two seeds were known: round 1 with --distill-coef 0 and the
-#              same teacher, which is round 0 with other draws, so the two show what chance does
+#   no_distillation  round 1 with --distill-coef 0 and the same teacher, which is round 0 with other draws, so the two show what
+#              chance does. Added when the arms above were known: of two seeds of the texts, of all three of the images
+#   on_the_mean  round 1 with the same teacher and the distance on the mean over tokens or patches. Added when all the arms above
+#              were known but the images' no_distillation
 # Rule, set before the runs: 3 seeds, each with its own pre-training and its own fine-tuning; the learning rate of the embedded
 # recipes (5e-4) for every stage and arm, nothing tuned, nothing left out; the score is that on the test split at the last step;
 # every run's metrics.json is kept. Run again after an interruption, it goes on where it was.
@@ -30,9 +32,13 @@ for seed in ${SEEDS:-1 2 3}; do
     run finetune "tuned/${start}_$seed" --model "$from" --batch-size 32 $tuning
   done
 done
-for seed in $([ "$kind" = texts ] && echo ${SEEDS:-1 2 3}); do
-  run $script "pretraining/no_distillation_$seed" --model "$model" $round --distill-coef 0 \
-    --teacher "$runs/pretraining/rounds_$seed/round_0"
-  run finetune "tuned/no_distillation_$seed" --model "$runs/pretraining/no_distillation_$seed/model" --batch-size 32 $tuning
-done
-python "$here/benchmark/table.py" "$runs"/tuned/{start,round_0,round_1}_*/metrics.json $(ls "$runs"/tuned/no_distillation_*/metrics.json 2> /dev/null)
+while read -r arm flags; do
+  for seed in ${SEEDS:-1 2 3}; do
+    run $script "pretraining/${arm}_$seed" --model "$model" $round --teacher "$runs/pretraining/rounds_$seed/round_0" $flags
+    run finetune "tuned/${arm}_$seed" --model "$runs/pretraining/${arm}_$seed/model" --batch-size 32 $tuning
+  done
+done <<'ARMS'
+no_distillation --distill-coef 0
+on_the_mean --representation mean
+ARMS
+python "$here/benchmark/table.py" "$runs"/tuned/{start,round_0,round_1,no_distillation,on_the_mean}_*/metrics.json
