@@ -198,6 +198,26 @@ def test_a_batch_with_nothing_masked_has_loss_zero(sd, folders):
     assert losses["losses/mlm"] == 0 == losses["charts/grad_norm"]
 
 
+def test_looking_is_without_dropout_and_leaves_it_on_for_the_training(sd, script, folders):
+    model, tokenizer = sd.load_model(str(folders["roberta"]))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    plain = np.arange(96) >= 6
+    texts = [np.array([0, *rng.integers(6, 96, 30), 2]) for rng in map(np.random.default_rng, range(12))]
+    tuned = script("finetune").load_model(str(folders["roberta"]), model.config, list("abcdefgh"), 0.5)[0].train()
+    labels = np.arange(12) % 8
+
+    def inputs(rows):
+        return {"input_ids": torch.from_numpy(np.stack([texts[row] for row in rows]))}
+
+    for look in (lambda: sd.encode_all(model.train(), texts, tokenizer, FP32).tolist(),
+                 lambda: sd.look(model.train(), texts, tokenizer, plain, 0.15, FP32),
+                 lambda: script("finetune").scores(tuned.train(), inputs, labels, FP32)):  # fmt: skip
+        assert look() == look()
+        assert model.training and tuned.training
+
+
 def test_roberta_tables_hold_two_places_fewer_than_rows(sd, folders):
     assert [sd.load_model(str(folders[kind]))[1].model_max_length for kind in ("roberta", "bert", "modernbert")] == [40] * 3
 

@@ -281,10 +281,11 @@ def test_self_distillation_is_round_0_plus_rounds(runs):
     assert any(not torch.equal(round_0[k], round_1[k]) for k in final)
 
 
-def test_each_round_starts_a_student_from_the_original_weights(run, sd, tmp_path):
+def test_each_round_starts_a_student_from_the_original_weights(zygote, sd, tmp_path):
     """Rounds of one step each are replayed here by hand from the original weights, with the last round as teacher."""
-    flags = ("--steps", 1, "--rounds", 2, "--batch-size", 8, "--learning-rate", 1e-3, "--eval-every", 0)
-    run("self_distill_vit", "--run-dir", tmp_path / "run", "--max-train-samples", 40, *flags)
+    flags = {"--steps": 1, "--rounds": 2, "--batch-size": 8, "--learning-rate": 1e-3, "--eval-every": 0}
+    code, _, said = zygote("self_distill_vit", tmp_path / "run", flags | {"--max-train-samples": 40})
+    assert code == 0, said
     data, _ = images_of(sd, sd.resolve(sd.Args(run_dir=str(tmp_path / "x"), max_train_samples=40)), 28)
     images, norm = data["train"][0], torch.tensor(IMAGENET)[..., None, None]
     args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0)
