@@ -72,12 +72,13 @@ def log(curves, step, **values):
 
 # ------------------------------------------------------------------------------------------------ images
 def write_images(folder, names, seed=0):
-    """Smooth random images of 64 pixels; the pixels (N, 3, 64, 64) as the model gets them."""
+    """Smooth random images of 96 x 80; the pixels (N, 3, 64, 64) as the model gets them, squashed to a square."""
     rng, pixels = np.random.default_rng(seed), []
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((96, 80), Image.Resampling.BICUBIC)
         image.save(folder / name)
+        image = image.resize((64, 64), Image.Resampling.BILINEAR)
         pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return (torch.stack(pixels) - mean) / deviation
@@ -259,18 +260,36 @@ TUNED = {"--seed": SEED, "--batch-size": 4, "--learning-rate": RATE, "--weight-d
          "--max-grad-norm": 0.5, "--log-every": 1, "--eval-every": 2}  # fmt: skip
 
 
-def tune(start, model, order, inputs, labels, betas, eps):
+def tune(start, model, order, inputs, labels, betas, eps, method="finetune"):
     """The curves of fine-tuning `model`, which is changed in place. inputs: (rows, generator of the step) -> its arguments."""
     step, curves = adamw(model, betas, eps, clip=0.5), {}
     for i, rate in enumerate(rates(len(order), int(0.34 * len(order)))):
         rng = np.random.default_rng([SEED, 0, 1, i])
         torch.manual_seed(int(rng.integers(2**62)))
-        loss = cross_entropy(model(**inputs(order[i], rng)).logits, labels[order[i]])
+        batch = inputs(order[i], rng)
+        logits = model(**batch).logits
+        loss = cross_entropy(logits, labels[order[i]])
+        if method == "r3f":  # the divergence from the predictions on noised embeddings, both ways
+            embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
+            embeddings += torch.empty_like(embeddings).uniform_(-0.1, 0.1)
+            noised = model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
+            p, q = logits.softmax(-1), noised.softmax(-1)
+            both = ((p - q) * (p.log() - q.log())).sum() / len(p)
+            log(curves, i + 1, losses__r3f=both)
+            loss = loss + 0.7 * both
         loss.backward()
-        norm = step(rate)
-        distance = moved(model.base_model, start.base_model)
-        log(curves, i + 1, losses__total=loss, charts__grad_norm=norm, charts__distance_from_init=distance,
-            charts__learning_rate=rate)  # fmt: skip
+        before = [p.detach().clone() for p in model.parameters()]
+        norm, free = step(rate), 1 / (1 + np.exp(-1.5 * (i + 1 - 3)))
+        for (name, p), old, origin in zip(model.named_parameters(), before, start.parameters(), strict=True):
+            new = name.startswith("classifier")
+            if method == "recadam" and not new:
+                p.data = old + free * (p.data - old) - rate * (1 - free) * 100 * (old - origin.data)
+            for row, at in zip(p.data, origin.data, strict=True) if method == "mars" and p.ndim == 2 else ():
+                radius, away = 0.01 if new else 0.02, (row - at).abs().sum()
+                if away > radius:
+                    row.copy_(at + (row - at) * radius / away)
+        log(curves, i + 1, losses__total=loss, charts__grad_norm=norm, charts__learning_rate=rate,
+            charts__distance_from_init=moved(model.base_model, start.base_model))  # fmt: skip
     return curves
 
 
@@ -319,7 +338,16 @@ def test_fine_tuning_on_images(zygote, tmp_path):
         judged(tmp_path / "run", logged, model.eval()(others).logits, [0] * 4 + [1] * 4, 3, 6)
 
 
-def test_fine_tuning_on_texts(zygote, tmp_path):
+METHODS = {
+    "finetune": {},
+    "recadam": {"--recadam-k": 1.5, "--recadam-midpoint": 3, "--recadam-strength": 100},
+    "mars": {"--mars-gamma": 0.02, "--mars-head-gamma": 0.01},
+    "r3f": {"--r3f-lambda": 0.7, "--r3f-eps": 0.1, "--r3f-noise": "uniform"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fine_tuning_on_texts(zygote, tmp_path, method):
     from transformers import AutoModelForSequenceClassification
 
     folder, parts = language_model(tmp_path / "model"), {}
@@ -330,8 +358,8 @@ def test_fine_tuning_on_texts(zygote, tmp_path):
         (tmp_path / "texts").mkdir(exist_ok=True)
         lines = zip((tmp_path / "lines.txt").read_text().splitlines(), labels, strict=True)
         (tmp_path / f"texts/{split}.csv").write_text("text,label\n" + "".join(f"{line},{label}\n" for line, label in lines))
-    code, _, said = zygote("finetune", tmp_path / "run", TUNED | {
-        "--dataset": tmp_path / "texts", "--model": folder, "--epochs": 2})  # fmt: skip
+    code, _, said = zygote("finetune", tmp_path / "run", TUNED | METHODS[method] | {
+        "--dataset": tmp_path / "texts", "--model": folder, "--epochs": 2, "--method": method})  # fmt: skip
     assert code == 0, said
 
     def load(folder):
@@ -344,7 +372,7 @@ def test_fine_tuning_on_texts(zygote, tmp_path):
 
     texts, labels = parts["train"]
     start, model = load(folder), load(folder).train()  # with its dropout
-    curves = tune(start, model, batches(texts, 0, 2, 4), inputs, torch.tensor(labels), (0.9, 0.98), 1e-6)
+    curves = tune(start, model, batches(texts, 0, 2, 4), inputs, torch.tensor(labels), (0.9, 0.98), 1e-6, method)
     logged = agree(tmp_path / "run", curves, [load(tmp_path / "run/model")], [model], start)
     texts, labels = parts["test"]
     with torch.no_grad():
