@@ -154,13 +154,13 @@ def test_self_distillation_of_images(zygote, tmp_path, representation):
 
 
 # ------------------------------------------------------------------------------------------------ texts
-def write_texts(path, n, seed=0):
-    """n texts of 3 to 20 words, and one that is longer than the model takes; their ids."""
+def write_texts(path, n, seed=0, places=40):
+    """n texts of 3 to 20 words, and one that is longer than the model takes; their ids, in `places` at most."""
     rng = np.random.default_rng(seed)
     words = [rng.integers(0, len(WORDS), 60 if i == n // 2 else rng.integers(3, 21)) for i in range(n)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(" ".join(WORDS[w] for w in text) + "\n" for text in words))
-    return [[0, *(6 + text[:38]).tolist(), 2] for text in words]  # <s>, 38 words at most, </s>: 40 places
+    return [[0, *(6 + text[: places - 2]).tolist(), 2] for text in words]  # <s>, words, </s>
 
 
 def language_model(folder):
@@ -215,11 +215,11 @@ def vectors(model, texts, representation):
 def test_self_distillation_of_texts(zygote, tmp_path, representation):
     from transformers import AutoModelForMaskedLM
 
-    texts, folder, size = write_texts(tmp_path / "texts.txt", 11), language_model(tmp_path / "model"), 4
+    texts, folder, size = write_texts(tmp_path / "texts.txt", 11, places=30), language_model(tmp_path / "model"), 4
     flags = {"--dataset": tmp_path / "texts.txt", "--model": folder, "--seed": SEED, "--epochs": 2, "--rounds": 2,
              "--batch-size": size, "--learning-rate": RATE, "--weight-decay": DECAY, "--warmup-ratio": 0.34,
              "--mlm-probability": 0.3, "--reconstruction-coef": 0.5, "--distill-coef": 2, "--representation": representation,
-             "--log-every": 1, "--eval-every": 4}  # fmt: skip
+             "--max-length": 30, "--log-every": 1, "--eval-every": 4}  # fmt: skip
     code, _, said = zygote("self_distill_roberta", tmp_path / "run", flags)
     assert code == 0, said
     start, teacher, curves, rounds = AutoModelForMaskedLM.from_pretrained(folder), None, {}, []
