@@ -193,6 +193,22 @@ def test_other_arguments_are_named_and_refused_but_for_harmless_ones(zygote, sta
     assert code == 0, said
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_but_the_harmless_ones_is_compared(script, name, capsys):
+    harmless = {"run_dir", "resume", "device", "compile", "debug", "save_every", "eval_every", "log_every"}  # change no weight
+    module = script(name)
+    args = module.Args()
+    began = {"stage": name, "args": vars(args)}
+    for key, value in vars(args).items():
+        other = module.replace(args, **{key: not value if isinstance(value, bool) else f"{value}1"})
+        if key in harmless:
+            module.refuse_another(began, other)
+            continue
+        with pytest.raises(SystemExit):
+            module.refuse_another(began, other)
+        assert f"this run began with --{key.replace('_', '-')} {value}, not " in capsys.readouterr().err
+
+
 def test_what_is_not_this_run_is_neither_resumed_nor_touched(zygote, stages, tmp_path):
     """Another script's run, a folder of something else, one with a model of the user's, other data than it began with."""
     further, distill = stages["further_pretrain_vit"], stages["self_distill_vit"]
