@@ -125,6 +125,7 @@ def rows_of(n=20):
 
 WRITERS = {
     "d.csv": lambda path: path.write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows_of())),
+    "d [1].csv": lambda path: WRITERS["d.csv"](path),  # which read as a pattern is another file's name
     "d.json": lambda path: path.write_text(json.dumps(rows_of())),
     "d.jsonl": lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in rows_of())),
     "d.parquet": lambda path: __import__("datasets").Dataset.from_list(rows_of()).to_parquet(path),
