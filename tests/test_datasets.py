@@ -145,6 +145,23 @@ def test_own_file_of_texts(script, tokenizer, tmp_path, name):
     assert tokenizer.decode(data["train"][0][0], skip_special_tokens=True).startswith("a text, number")
 
 
+def test_classes_are_those_of_train_in_their_own_order(script, tokenizer, tmp_path):
+    """Numbers count up, 10 after 9; names stand as in the file, without those that no row of train has."""
+    import datasets
+
+    module, rows = script("finetune"), [{"text": f"number {i}", "label": i % 12} for i in range(36)]
+    (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows))
+    data, names = texts_of(module, module.Args(dataset=str(tmp_path / "d.csv")), tokenizer)
+    assert names == [str(i) for i in range(12)] and len(data["train"][1]) == 24
+    for ids, label in zip(*data["train"], strict=True):
+        assert int(tokenizer.decode(ids, skip_special_tokens=True).split()[-1]) % 12 == label
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["z", "unused", "a"]))
+    part = datasets.Dataset.from_dict({"text": [r["text"] for r in rows], "label": [2 * (i % 2) for i in range(36)]}, features)
+    part.to_parquet(tmp_path / "d.parquet")
+    data, names = texts_of(module, module.Args(dataset=str(tmp_path / "d.parquet")), tokenizer)
+    assert names == ["z", "a"] and sorted(np.bincount(data["train"][1])) == [16, 16]
+
+
 def test_own_folder_of_splits_and_named_columns(script, tokenizer, tmp_path):
     for split, n in (("train", 8), ("test", 4)):
         rows = [{"title": "no", "body": f"body {i}", "kind": i % 2} for i in range(n)]
