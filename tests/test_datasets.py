@@ -219,6 +219,11 @@ def test_images_are_decoded_once_for_all_runs_stages_and_seeds(script, tmp_path,
     data, _ = images_of(module, module.Args(dataset=str(tmp_path / "d")), 16, ("train",))
     one, next_one, *_ = data["train"][0]  # side by side in the mapped file: no copies
     assert next_one.ctypes.data - one.ctypes.data == one.nbytes == 3 * 16 * 16
+    images_of(module, module.Args(dataset=str(tmp_path / "d")), 8, ("train",))  # another size is another cache
+    assert len(count) == 2 * found[0]
+    monkeypatch.setattr(module.inspect, "getsource", lambda _: "changed")  # and so is another way to decode
+    images_of(module, module.Args(dataset=str(tmp_path / "d")), 8, ("train",))
+    assert len(count) == 3 * found[0]
 
 
 @pytest.mark.parametrize("name", ["scierc", pytest.param("acl_arc", marks=pytest.mark.slow)])
