@@ -7,6 +7,9 @@
 #              chance does. Added when the arms above were known: of two seeds of the texts, of all three of the images
 #   on_the_mean  round 1 with the same teacher and the distance on the mean over tokens or patches. Added when all the arms above
 #              were known but the images' no_distillation
+#   recadam, mars, mars_tight, r3f  the baselines, from the tiny model. Added when the arms above were known. RecAdam as in the
+#              embedded recipes of this learning rate: strength 500, midpoint at 4 % of the some 1,000 steps. MARS with its default
+#              radius and, as in study.sh, with 1. R3F with its defaults
 # Rule, set before the runs: 3 seeds, each with its own pre-training and its own fine-tuning; the learning rate of the embedded
 # recipes (5e-4) for every stage and arm, nothing tuned, nothing left out; the score is that on the test split at the last step;
 # every run's metrics.json is kept. Run again after an interruption, it goes on where it was.
@@ -34,6 +37,16 @@ for seed in ${SEEDS:-1 2 3}; do
 done
 while read -r arm flags; do
   for seed in ${SEEDS:-1 2 3}; do
+    run finetune "tuned/${arm}_$seed" --model "$model" --batch-size 32 $tuning $flags
+  done
+done <<'BASELINES'
+recadam --method recadam --recadam-strength 500 --recadam-midpoint 40
+mars_tight --method mars --mars-gamma 1 --mars-head-gamma 1
+r3f --method r3f
+mars --method mars
+BASELINES
+while read -r arm flags; do
+  for seed in ${SEEDS:-1 2 3}; do
     run $script "pretraining/${arm}_$seed" --model "$model" $round --teacher "$runs/pretraining/rounds_$seed/round_0" $flags
     run finetune "tuned/${arm}_$seed" --model "$runs/pretraining/${arm}_$seed/model" --batch-size 32 $tuning
   done
@@ -41,4 +54,4 @@ done <<'ARMS'
 no_distillation --distill-coef 0
 on_the_mean --representation mean
 ARMS
-python "$here/benchmark/table.py" "$runs"/tuned/{start,round_0,round_1,no_distillation,on_the_mean}_*/metrics.json
+python "$here/benchmark/table.py" "$runs"/tuned/{start,recadam,mars,mars_tight,r3f,round_0,round_1,no_distillation,on_the_mean}_*/metrics.json
