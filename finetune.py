@@ -194,6 +194,8 @@ def explain(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
+        if isinstance(e.__context__, SystemExit):  # Ctrl-C while processes decode: the library waits for them in vain
+            raise e.__context__ from None
         if "--debug" in sys.argv:
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
@@ -241,9 +243,9 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
-        sys.excepthook = lambda kind, error, _: fail(
-            "interrupted" if kind is KeyboardInterrupt else f"{kind.__name__}: {error!s:.200} {hint}", 1)  # fmt: skip
+        hint, main = "(if memory ran out, try a smaller --batch-size; --debug shows where)", os.getpid()
+        sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
+        signal.signal(signal.SIGINT, lambda *_: os.getpid() == main and fail("interrupted", 1))  # workers are silent
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

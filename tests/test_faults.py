@@ -141,6 +141,14 @@ def test_killed_while_the_data_is_made_ready(zygote, stages, undisturbed, tmp_pa
     agree(undisturbed(stage)[1], result(tmp_path / "cut"))
 
 
+def test_ctrl_c_while_images_are_decoded_is_one_line(zygote, tmp_path):
+    hook = {"kind": "interrupt", "at": 7, "decode": True}  # in each of the processes that decode
+    code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {"--steps": 2}, hook, str(tmp_path / "cache"))
+    errors = [line for line in said.splitlines() if "error" in line.lower()]
+    assert code == 1 and set(errors) == {"error: interrupted"} and "Traceback" not in said, said[-1500:]
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------ faults under way
 FAULTS = {
     "disk full": ("full", "error: "),

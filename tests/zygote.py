@@ -41,6 +41,8 @@ def watch(hook: dict, passed: list[str], run_dir: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if hook["kind"] == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        if hook["kind"] == "interrupt":  # as Ctrl-C in a terminal: the workers that decode get it as well
+            os.killpg(0, signal.SIGINT)
         if hook["kind"] == "delete":
             shutil.rmtree(run_dir)
         if hook["kind"] == "full":
@@ -91,6 +93,7 @@ def child(job: dict, report: int) -> None:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.setpgid(0, 0)
     if job.get("cache"):
         datasets.config.HF_DATASETS_CACHE = Path(job["cache"])
     passed, code = [], 0
