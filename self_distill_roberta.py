@@ -401,13 +401,14 @@ def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndar
 
 def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
     """Row numbers of each batch of round t: every row once an epoch, in random order, but texts of similar length together."""
-    n, window, batches = len(lengths), 50 * args.batch_size, []
+    n, rest, batches = len(lengths), len(lengths) % args.batch_size, []
     for epoch in range(args.epochs):
         rng = np.random.default_rng([args.seed, t, 0, epoch])
-        order = rng.permutation(n)  # sorted within 50 batches: enough for equal lengths, which pad little, still mixed well
-        order = [rows[lengths[rows].argsort(kind="stable")] for rows in np.split(order, range(window, n, window))]
-        order = np.split(np.concatenate(order), range(args.batch_size, n, args.batch_size))
-        batches += [order[i] for i in rng.permutation(len(order))]
+        order = rng.permutation(n)  # the first few are the batch that is not full: of any length, each time others
+        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %: not the same texts together at each visit
+        order[rest:] = order[rest:][noisy.argsort()]
+        parts = np.split(order, range(rest or args.batch_size, n, args.batch_size))
+        batches += [parts[i] for i in rng.permutation(len(parts))]
     return batches
 
 

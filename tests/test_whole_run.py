@@ -180,12 +180,15 @@ def padded(texts):
 
 
 def batches(texts, t, epochs, size):
-    """Row numbers: random, sorted by length (50 batches are more than there are here), cut into batches, shuffled again."""
+    """Row numbers: random; those that fill batches sorted by length, each off by up to a tenth; in batches, shuffled again."""
     out = []
     for epoch in range(epochs):
         rng = np.random.default_rng([SEED, t, 0, epoch])
-        rows = sorted(rng.permutation(len(texts)).tolist(), key=lambda row: len(texts[row]))
-        rows = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rows = rng.permutation(len(texts)).tolist()
+        few, rows = rows[: len(rows) % size], rows[len(rows) % size :]
+        about = {row: len(texts[row]) * factor for row, factor in zip(rows, rng.uniform(0.9, 1.1, len(rows)), strict=True)}
+        rows = sorted(rows, key=about.get)
+        rows = [few] * bool(few) + [rows[i : i + size] for i in range(0, len(rows), size)]
         out += [rows[i] for i in rng.permutation(len(rows))]
     return out
 
