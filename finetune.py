@@ -1,7 +1,7 @@
 # Documentation: README.md, "One file, one stage". The last stage: it starts from what any of the other four scripts wrote.
 """Fine-tuning of a further pre-trained or self-distilled transformer on the labelled target data, and its test scores.
 
-The protocol of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): a new linear layer
+The protocol of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): a new classifier
 on the CLS vector, all weights trained, test scores once, at the last step. --method takes one of the paper's baselines.
 
     python finetune.py                                            # 200 labelled digits, a tiny ViT: a minute on a CPU
@@ -46,6 +46,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -99,8 +100,10 @@ HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every"
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
-SPLITS = ("train", "validation", "valid", "val", "dev", "test", "data")
-KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
+          "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
+KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
 
 
 @dataclass
@@ -304,7 +307,7 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> dict[str, float]:
@@ -412,11 +415,8 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
 
 def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and attention mask of some rows, (B, L) each, L the longest of them; 1 is a token, 0 is padding."""
-    lengths = np.array([len(texts[i]) for i in rows])
-    attention = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    ids = np.full(attention.shape, pad_id)
-    ids[attention == 1] = np.concatenate([texts[i] for i in rows])
-    return ids, attention
+    ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], batch_first=True, padding_value=-1).numpy()
+    return np.where(ids < 0, pad_id, ids), (ids >= 0).astype(np.int64)
 
 
 def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
@@ -433,6 +433,32 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 
 
 # ------------------------------------------------------------------------------------------------ data, shared
+def read_files(path: Path) -> datasets.DatasetDict:
+    """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
+    folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
+    deeper one does: a class may be called test. If some say none, and none says train, all is train."""
+    top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
+    files = sorted(file for file in top.rglob("[!.]*") if file.is_file()) or [path]
+    ends, parts = {file.suffix.lower() for file in files}, {}
+    kind = next((KINDS[end] for end in KINDS if end in ends), None)
+    if not kind:  # of other kinds, one runs what is in the file
+        raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
+    images = kind == "imagefolder" and path.is_dir()
+    for file in [file for file in files if KINDS.get(file.suffix.lower()) == kind]:
+        first, *deeper = file.relative_to(top).parts or [""]
+        words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
+        split = next((split for split in SPLITS if words & SPLITS[split]), None)
+        parts.setdefault(split, set()).add(f"{glob.escape(str(top / first))}/**" if images else glob.escape(str(file)))
+    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+        parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
+    named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
+    missing = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # NA and None are words
+    data = datasets.load_dataset(kind, data_files=named, **missing)
+    if (read := sum(map(len, data.values() if images else named.values()))) < len(files):
+        print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
+    return data
+
+
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
     """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
@@ -443,17 +469,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if known:
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
-        elif Path(name).is_file():
-            if Path(name).suffix.lower() not in KINDS:  # of the other kinds, one runs what is in the file
-                raise ValueError(f"files are read that end in {', '.join(KINDS)}")
-            parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
-        else:  # of a folder without names of splits all is train: by itself the library would take test.jpg for another split
-            inside = [p for p in Path(name).glob("*") if p.is_dir() or p.suffix.lower() in KINDS]
-            plain = Path(name).is_dir() and not any(p.stem.split("-")[0].lower() in SPLITS for p in inside)
-            parts = datasets.load_dataset(name, data_files="**" if plain else None)
-            files = sum(p.is_file() for p in Path(name).rglob("*"))
-            if (unread := files - sum(map(len, parts.values()))) > 0:
-                print(f"{name}: {unread} of its {files} files are not read")
+        else:
+            parts = read_files(Path(name)) if Path(name).exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
@@ -465,14 +482,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features):
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
-            labels = [None if value in (None, -1) else order[value] for value in labels]
-        if None in labels:  # -1 is the Hub's mark of a hidden label
-            print(f"{name}: {labels.count(None)} rows of {split} have no label: it is taken as unlabelled")
+            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
+        kind = str(getattr(part.features.get(label), "dtype", "list"))
+        if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
+            print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
+                  "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
         order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
@@ -517,11 +536,15 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
             if config.num_channels != 3:
                 fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
             model, info = transformers.ViTForImageClassification.from_pretrained(
-                source, hidden_dropout_prob=dropout, use_safetensors=True, output_loading_info=True, **labels)  # fmt: skip
+                source, hidden_dropout_prob=dropout, ignore_mismatched_sizes=True, use_safetensors=True,
+                output_loading_info=True, **labels)  # fmt: skip
         else:
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **labels)  # fmt: skip
-    new, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+                source, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True,
+                trust_remote_code=False, **labels)  # fmt: skip
+    # A classifier of other classes begins anew. In transformers 5 its keys come with both shapes.
+    other_shape = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new, unused = sorted({*info["missing_keys"], *other_shape}), sorted(info["unexpected_keys"])
     body = model.base_model_prefix + "."  # what both have: all of it must be there, but for BERT's pooler
     if lost := [key for key in new + unused if key.startswith(body) and "pooler" not in key]:
         fail(f"the weights of {source} do not fit a {model.config.model_type} of its configuration: {lost[:3]}")
@@ -610,7 +633,7 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    text = args.dataset in TEXT_SETS or Path(args.dataset).suffix.lower() in KINDS
+    text = args.dataset in TEXT_SETS or KINDS.get(Path(args.dataset).suffix.lower(), "imagefolder") != "imagefolder"
     named = args.model or (RECIPES["text" if text else "paper"] | RECIPES.get(args.dataset, {}))["model"]
     with explain(f"cannot load model {named}", "a folder with config.json and model.safetensors works"):
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
@@ -671,7 +694,7 @@ if __name__ == "__main__":
     pulled = model.named_parameters() if args.method in ("recadam", "mars") else ()
     anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts
     init = parameters_to_vector(model.base_model.parameters()).detach().clone()
-    start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
+    start, values = state.get("step", 0), state.get("values", {})
     run_dir = Path(args.run_dir)
     if state and state["n"] != n:
         fail(f"{args.dataset} has {n} samples for training, {state['n']} when {run_dir} began: give the same data again")
@@ -695,9 +718,9 @@ if __name__ == "__main__":
         model.compile()
     # Each process takes every world-th row of a batch. Some text models have weights that no loss reaches.
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=not vision) if world > 1 else model
-    bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
-    clock, tick, ticked = time.time(), time.time(), start
-    for step in range(start, total_steps):
+    clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
+    bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
+    for step in bar:
         rng = np.random.default_rng([args.seed, 0, 1, step])
         torch.manual_seed(int(rng.integers(2**62)) + rank)  # of dropout: of seed and step, so a resumed run drops the same
         rows = batches[step][rank::world]
@@ -709,14 +732,14 @@ if __name__ == "__main__":
         target = upload(labels[rows], device)
         rate = scheduler.get_last_lr()[0]
         losses = update(parallel, optimizer, scheduler, batch, target, autocast, anchors, step + 1, count, args)
-        bar.update()
         done = step + 1
         save = done % total_steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
-        if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
+        if save or done % args.log_every == 0:  # the only place where we wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
-            values, save = average(losses, done, stop, world), save or stop
+            values, stopping = average(losses, done, stop, world), bool(stop)  # of one mind: what comes in later waits
+            save = save or stopping
             values["charts/learning_rate"] = rate
-            values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
+            values["charts/samples_per_second"] = done * args.batch_size / (time.time() - clock)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
@@ -728,22 +751,18 @@ if __name__ == "__main__":
                 writer.add_scalar(f"{split}/{key}", found[key], done)
         if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done, "n": n}
-            state |= {"stage": SCRIPT.stem, "seconds": seconds + time.time() - clock, "values": values}
+            state |= {"stage": SCRIPT.stem, "seconds": time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", partial(torch.save, state))
-        if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
-            tick, ticked = time.time(), done
-        if stop and save and done < total_steps:
-            if world > 1:
-                torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
-            if rank > 0:
-                os._exit(0)
-            fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
-    bar.close()
+        if save and stopping:
+            break
     if world > 1:
+        torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
         torch.distributed.destroy_process_group()
     if rank > 0:
         os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0
+    if (done := state["step"]) < total_steps:
+        fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
     writer.close()
     write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)

@@ -39,6 +39,7 @@ import transformers
 import tyro
 from sklearn.model_selection import train_test_split
 from torch.nn.utils import get_total_norm, parameters_to_vector
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,8 +66,10 @@ HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every"
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
-SPLITS = ("train", "validation", "valid", "val", "dev", "test", "data")
-KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
+          "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
+KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
 KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
 # The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
 LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
@@ -248,7 +251,7 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> dict[str, float]:
@@ -303,6 +306,32 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
     return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
 
 
+def read_files(path: Path) -> datasets.DatasetDict:
+    """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
+    folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
+    deeper one does: a class may be called test. If some say none, and none says train, all is train."""
+    top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
+    files = sorted(file for file in top.rglob("[!.]*") if file.is_file()) or [path]
+    ends, parts = {file.suffix.lower() for file in files}, {}
+    kind = next((KINDS[end] for end in KINDS if end in ends), None)
+    if not kind:  # of other kinds, one runs what is in the file
+        raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
+    images = kind == "imagefolder" and path.is_dir()
+    for file in [file for file in files if KINDS.get(file.suffix.lower()) == kind]:
+        first, *deeper = file.relative_to(top).parts or [""]
+        words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
+        split = next((split for split in SPLITS if words & SPLITS[split]), None)
+        parts.setdefault(split, set()).add(f"{glob.escape(str(top / first))}/**" if images else glob.escape(str(file)))
+    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+        parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
+    named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
+    missing = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # NA and None are words
+    data = datasets.load_dataset(kind, data_files=named, **missing)
+    if (read := sum(map(len, data.values() if images else named.values()))) < len(files):
+        print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
+    return data
+
+
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
     """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
@@ -313,17 +342,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if known:
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
-        elif Path(name).is_file():
-            if Path(name).suffix.lower() not in KINDS:  # of the other kinds, one runs what is in the file
-                raise ValueError(f"files are read that end in {', '.join(KINDS)}")
-            parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
-        else:  # of a folder without names of splits all is train: by itself the library would take test.jpg for another split
-            inside = [p for p in Path(name).glob("*") if p.is_dir() or p.suffix.lower() in KINDS]
-            plain = Path(name).is_dir() and not any(p.stem.split("-")[0].lower() in SPLITS for p in inside)
-            parts = datasets.load_dataset(name, data_files="**" if plain else None)
-            files = sum(p.is_file() for p in Path(name).rglob("*"))
-            if (unread := files - sum(map(len, parts.values()))) > 0:
-                print(f"{name}: {unread} of its {files} files are not read")
+        else:
+            parts = read_files(Path(name)) if Path(name).exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
@@ -335,14 +355,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features):
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
-            labels = [None if value in (None, -1) else order[value] for value in labels]
-        if None in labels:  # -1 is the Hub's mark of a hidden label
-            print(f"{name}: {labels.count(None)} rows of {split} have no label: it is taken as unlabelled")
+            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
+        kind = str(getattr(part.features.get(label), "dtype", "list"))
+        if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
+            print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
+                  "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
         order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
@@ -378,11 +400,8 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
 
 def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and attention mask of some rows, (B, L) each, L the longest of them; 1 is a token, 0 is padding."""
-    lengths = np.array([len(texts[i]) for i in rows])
-    attention = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    ids = np.full(attention.shape, pad_id)
-    ids[attention == 1] = np.concatenate([texts[i] for i in rows])
-    return ids, attention
+    ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], batch_first=True, padding_value=-1).numpy()
+    return np.where(ids < 0, pad_id, ids), (ids >= 0).astype(np.int64)
 
 
 def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
@@ -436,10 +455,8 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         fail(f"the tokenizer of {source} has no mask or no start token, only {', '.join(tokenizer.all_special_tokens)}")
     if not 0.99 * model.config.vocab_size <= len(tokenizer) <= model.config.vocab_size:  # some round it up
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
-    tables = [m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")]
-    lengths = [len(table.weight) - (-1 if table.padding_idx is None else table.padding_idx) - 1 for table in tables]
-    lengths += [getattr(model.config, "max_position_embeddings", None) or 512]  # RoBERTa's first two are not for tokens
-    tokenizer.model_max_length = min(tokenizer.model_max_length, *lengths)
+    fits = getattr(model.config, "max_position_embeddings", None) or 512  # some have two rows more (514, 4098), not for tokens
+    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)
     return model.float(), tokenizer  # fp32, whatever precision the file is in
 
 
@@ -487,22 +504,19 @@ def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> floa
 
 @torch.no_grad()
 def look(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, plain, share: float, autocast) -> tuple[float, str]:
-    """Share of the masked tokens of some texts that the model gets right, and a table of the first eight, in eval mode."""
+    """Share of the masked tokens of some texts (always the same masks) that the model gets right, in eval mode; a table."""
     model.eval()
-    hits, table = [], "|masked text|truth: the model's top 3|\n|-|-|\n"
-    for i in range(0, len(texts), 8):  # always the same masks
-        part, rng = texts[i : i + 8], np.random.default_rng(i)
-        batch = collate(part, range(len(part)), tokenizer, model.device, plain, share, rng)
-        with autocast:
-            top = masked_logits(model, batch).topk(3).indices.cpu()  # (M, 3)
-        truth, row = batch["ids"].flatten()[batch["where"]].cpu(), batch["where"].cpu() // batch["ids"].shape[1]
-        hits.append(top[:, 0] == truth)
-        for b, ids in enumerate(batch["masked"] if i == 0 else ()):
-            told = [[tokenizer.decode([k]) for k in (truth[m], *top[m])] for m in torch.where(row == b)[0]]
-            cells = tokenizer.decode(ids[batch["attention"][b] == 1]), "; ".join(f"{t}: {x}, {y}, {z}" for t, x, y, z in told)
-            table += "".join("|" + c.replace("\n", " ").replace("|", "&#124;").replace("<", "&lt;") for c in cells) + "|\n"
+    batch = collate(texts, range(len(texts)), tokenizer, model.device, plain, share, np.random.default_rng(0))
+    with autocast:
+        top = masked_logits(model, batch).topk(3).indices.cpu()  # (M, 3)
     model.train()
-    return torch.cat(hits).float().mean().nan_to_num().item(), table
+    truth, row = batch["ids"].flatten()[batch["where"]].cpu(), batch["where"].cpu() // batch["ids"].shape[1]
+    table = "|masked text|truth: the model's top 3|\n|-|-|\n"
+    for b, ids in enumerate(batch["masked"][:8]):
+        told = [[tokenizer.decode([k]) for k in (truth[m], *top[m])] for m in torch.where(row == b)[0]]
+        cells = tokenizer.decode(ids[batch["attention"][b] == 1]), "; ".join(f"{t}: {x}, {y}, {z}" for t, x, y, z in told)
+        table += "".join("|" + c.replace("\n", " ").replace("|", "&#124;").replace("<", "&lt;") for c in cells) + "|\n"
+    return (top[:, 0] == truth).float().mean().nan_to_num().item(), table
 
 
 # ------------------------------------------------------------------------------------------------ THE METHOD
@@ -531,12 +545,11 @@ if __name__ == "__main__":
     n, lengths = len(texts), np.array([len(ids) for ids in texts])
     if 0 < n % args.batch_size < world:
         fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
-    plain = np.zeros(model.config.vocab_size, bool)  # (vocabulary,): the tokens that may be masked
-    plain[list(tokenizer.get_vocab().values())] = True
-    plain[tokenizer.all_special_ids] = False
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    plain = np.isin(np.arange(model.config.vocab_size), list(words))  # (vocabulary,): the tokens that may be masked
     model.to(device).train()
     init = parameters_to_vector(model.base_model.parameters()).detach().clone()
-    start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
+    start, values = state.get("step", 0), state.get("values", {})
     steps = args.epochs * -(-n // args.batch_size)  # of each round
     total_steps = steps
     run_dir = Path(args.run_dir)
@@ -555,7 +568,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
                                                  rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
-    fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 200)).astype(int)]  # what the masked accuracy is measured on
+    fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 64)).astype(int)]  # what the masked accuracy is measured on
     every = -(-n // KNN_TEXTS)  # rounded up: the probe sees texts from everywhere, since rows may be sorted by class
     seen = texts[::every]
     if probe and start == 0:
@@ -570,22 +583,22 @@ if __name__ == "__main__":
         model.base_model.compile()  # which encode calls
     # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
-    bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
-    clock, tick, ticked = time.time(), time.time(), start
-    for step in range(start, total_steps):
+    clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
+    bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
+    for step in bar:
         rng = np.random.default_rng([args.seed, 0, 1, step])  # of the masks, and of dropout: a resumed run draws the same
         torch.manual_seed(int(rng.integers(2**62)) + rank)
         batch = collate(texts, order[step], tokenizer, device, plain, args.mlm_probability, rng, rank, world)
         rate = scheduler.get_last_lr()[0]
         losses = update(parallel, optimizer, scheduler, batch, autocast)
-        bar.update()
         done = step + 1
         save = done % steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
-        if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
+        if save or done % args.log_every == 0:  # the only place where we wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
-            values, save = average(losses, done, stop, world), save or stop
+            values, stopping = average(losses, done, stop, world), bool(stop)  # of one mind: what comes in later waits
+            save = save or stopping
             values["charts/learning_rate"] = rate
-            values["charts/samples_per_second"] = (done - ticked) * args.epochs * n / steps / (time.time() - tick)
+            values["charts/samples_per_second"] = done * args.epochs * n / steps / (time.time() - clock)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
@@ -598,22 +611,18 @@ if __name__ == "__main__":
             writer.add_text("eval/guesses", table, done)
         if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done, "n": n}
-            state |= {"stage": SCRIPT.stem, "seconds": seconds + time.time() - clock, "values": values}
+            state |= {"stage": SCRIPT.stem, "seconds": time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", partial(torch.save, state))
-        if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
-            tick, ticked = time.time(), done
-        if stop and save and done < total_steps:
-            if world > 1:
-                torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
-            if rank > 0:
-                os._exit(0)
-            fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
-    bar.close()
+        if save and stopping:
+            break
     if world > 1:
+        torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
         torch.distributed.destroy_process_group()
     if rank > 0:
         os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0
+    if (done := state["step"]) < total_steps:
+        fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
     writer.close()
     samples, parent = total_steps / steps * args.epochs * n, args.model
     write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, tokenizer)])
@@ -626,7 +635,8 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: further pre-trained on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
     same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
-    same |= {key: getattr(args, key) for key in ("epochs", "batch_size", "learning_rate", "mlm_probability", "max_length")}
+    same |= {key: getattr(args, key) for key in ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_ratio")}
+    same |= {"mlm_probability": args.mlm_probability, "max_length": args.max_length}
     same |= {"model": args.model, "teacher": f"{run_dir}/model"}
     same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("self_distill_roberta.py")), *same]))

@@ -14,6 +14,7 @@ import glob
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -70,8 +71,10 @@ HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every"
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
-SPLITS = ("train", "validation", "valid", "val", "dev", "test", "data")
-KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
+          "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
+KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
 
@@ -260,7 +263,7 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> dict[str, float]:
@@ -326,6 +329,32 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     return (batch / 255 - norm[0]) / norm[1]
 
 
+def read_files(path: Path) -> datasets.DatasetDict:
+    """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
+    folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
+    deeper one does: a class may be called test. If some say none, and none says train, all is train."""
+    top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
+    files = sorted(file for file in top.rglob("[!.]*") if file.is_file()) or [path]
+    ends, parts = {file.suffix.lower() for file in files}, {}
+    kind = next((KINDS[end] for end in KINDS if end in ends), None)
+    if not kind:  # of other kinds, one runs what is in the file
+        raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
+    images = kind == "imagefolder" and path.is_dir()
+    for file in [file for file in files if KINDS.get(file.suffix.lower()) == kind]:
+        first, *deeper = file.relative_to(top).parts or [""]
+        words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
+        split = next((split for split in SPLITS if words & SPLITS[split]), None)
+        parts.setdefault(split, set()).add(f"{glob.escape(str(top / first))}/**" if images else glob.escape(str(file)))
+    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+        parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
+    named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
+    missing = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # NA and None are words
+    data = datasets.load_dataset(kind, data_files=named, **missing)
+    if (read := sum(map(len, data.values() if images else named.values()))) < len(files):
+        print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
+    return data
+
+
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
     """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
@@ -336,17 +365,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if known:
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
-        elif Path(name).is_file():
-            if Path(name).suffix.lower() not in KINDS:  # of the other kinds, one runs what is in the file
-                raise ValueError(f"files are read that end in {', '.join(KINDS)}")
-            parts = datasets.load_dataset(KINDS[Path(name).suffix.lower()], data_files=glob.escape(name))
-        else:  # of a folder without names of splits all is train: by itself the library would take test.jpg for another split
-            inside = [p for p in Path(name).glob("*") if p.is_dir() or p.suffix.lower() in KINDS]
-            plain = Path(name).is_dir() and not any(p.stem.split("-")[0].lower() in SPLITS for p in inside)
-            parts = datasets.load_dataset(name, data_files="**" if plain else None)
-            files = sum(p.is_file() for p in Path(name).rglob("*"))
-            if (unread := files - sum(map(len, parts.values()))) > 0:
-                print(f"{name}: {unread} of its {files} files are not read")
+        else:
+            parts = read_files(Path(name)) if Path(name).exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
@@ -358,14 +378,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features):
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
-            labels = [None if value in (None, -1) else order[value] for value in labels]
-        if None in labels:  # -1 is the Hub's mark of a hidden label
-            print(f"{name}: {labels.count(None)} rows of {split} have no label: it is taken as unlabelled")
+            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
+        kind = str(getattr(part.features.get(label), "dtype", "list"))
+        if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
+            print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
+                  "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
         order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
@@ -511,7 +533,7 @@ if __name__ == "__main__":
     model.train()
     original = {key: value.clone() for key, value in model.state_dict().items()}  # where every round's student starts anew
     init = parameters_to_vector(model.vit.parameters()).detach().clone()
-    start, seconds, values = state.get("step", 0), state.get("seconds", 0.0), state.get("values", {})
+    start, values = state.get("step", 0), state.get("values", {})
     first_round = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
     total_steps = (args.rounds + 1 - first_round) * args.steps
     run_dir = Path(args.run_dir)
@@ -539,9 +561,9 @@ if __name__ == "__main__":
         model.vit.compile()
         model.decoder.compile()
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
-    bar = tqdm(total=total_steps, initial=start, desc=SCRIPT.stem, unit="step", dynamic_ncols=True, disable=rank > 0)
-    clock, tick, ticked = time.time(), time.time(), start
-    for step in range(start, total_steps):
+    clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
+    bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
+    for step in bar:
         t, i = first_round + step // args.steps, step % args.steps  # step i of round t
         if i == 0 or step == start:
             if t > first_round:
@@ -561,23 +583,22 @@ if __name__ == "__main__":
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
-            tick, ticked = time.time(), step
         rows = order[i][rank::world]
         noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
         noise, pixels = upload(noise, device), take(images, rows, norm, size)
         target = teacher_vectors[upload(rows, device)] if t > 0 else None
         rate = scheduler.get_last_lr()[0]
         losses = update(parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
-        bar.update()
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
-        if save or done % args.log_every == 0:  # the only place where the CPU waits for the GPU
+        if save or done % args.log_every == 0:  # the only place where we wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()).detach() - init).norm()
-            values, save = average(losses, done, stop, world), save or stop
+            values, stopping = average(losses, done, stop, world), bool(stop)  # of one mind: what comes in later waits
+            save = save or stopping
             if t > 0:
                 values["charts/distill_unexplained"] = values["losses/distill"] / max(teacher_spread, 1e-12)
             values["charts/learning_rate"] = rate
-            values["charts/samples_per_second"] = (done - ticked) * args.batch_size / (time.time() - tick)
+            values["charts/samples_per_second"] = done * args.batch_size / (time.time() - clock)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
             for key, value in values.items() if rank == 0 else ():
                 writer.add_scalar(key, value, done)
@@ -590,23 +611,19 @@ if __name__ == "__main__":
             write(run_dir / f"round_{t}", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])
         if rank == 0 and save:
             state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(args), "step": done, "n": n}
-            state |= {"stage": SCRIPT.stem, "seconds": seconds + time.time() - clock, "values": values}
+            state |= {"stage": SCRIPT.stem, "seconds": time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", partial(torch.save, state))
-            state = {"seconds": state["seconds"]}  # not a round's moments through the next round
-        if save or done % args.log_every == 0 or (args.eval_every and done % args.eval_every == 0):
-            tick, ticked = time.time(), done
-        if stop and save and done < total_steps:
-            if world > 1:
-                torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
-            if rank > 0:
-                os._exit(0)
-            fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
-    bar.close()
+            state = {"seconds": state["seconds"], "step": done}  # not a round's moments through the next round
+        if save and stopping:
+            break
     if world > 1:
+        torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
         torch.distributed.destroy_process_group()
     if rank > 0:
         os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0
+    if (done := state["step"]) < total_steps:
+        fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
     writer.close()
     samples, parent = total_steps * args.batch_size, f"{args.model}, teacher {args.teacher or 'round 0'}"
     write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])

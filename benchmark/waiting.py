@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def base_checkpoint() -> None:
     folder, times = Path(tempfile.mkdtemp()), []
     for _ in range(3):
         began = time.perf_counter()
-        script["write"](folder / "resume.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        script["write"](folder / "resume.pt", partial(torch.save, state))
         times.append(time.perf_counter() - began)
     size = (folder / "resume.pt").stat().st_size / 1e9
     shutil.rmtree(folder)

@@ -204,6 +204,72 @@ def test_own_image_folder_parquet_and_string_labels(script, tmp_path, splits):
     assert names == ["x", "y"] and len(data["train"][0]) == 21
 
 
+LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes); names of splits count at its top alone
+    "names of splits in capitals": (("Train/{a,b}/6.jpg", "Test/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "keywords": (("training/{a,b}/6.jpg", "evaluation/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "words in names": (("seg_train/{a,b}/6.jpg", "seg_test/{a,b}/3.jpg", "__MACOSX/1.jpg"), (12, 6), ["a", "b"]),
+    "numbers after them": (("train_2020/{a,b}/6.jpg", "test2020/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "in a folder called data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "README.md"), (12, 6), ["a", "b"]),
+    "a class called test": (("train/{good,test}/6.jpg", "test/{good,test}/6.jpg"), (12, 12), ["good", "test"]),
+    "a class called test run": (("train/{car,test run}/6.jpg", "test/{car,test run}/6.jpg"), (12, 12), ["car", "test run"]),
+    "a file of each image's words": (("train/{a,b}/6.jpg", "train/{a,b}/6.txt", "test/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "lists beside the images": (("images/{a,b}/20.jpg", "train.txt", "test.txt", "labels.csv"), (36, 4), ["a", "b"]),
+    "a class called test, no splits": (("test/20.jpg", "cars/20.jpg"), (36, 4), ["cars", "test"]),
+    "csv": (("Train_data.csv", "Test_data.csv", "notes.txt"), (12, 6), ["x", "y"]),
+    "csv in parts": (("train-00000-of-00002.csv", "train-00001-of-00002.csv", "test.csv"), (24, 6), ["x", "y"]),
+    "csv in a folder called data": (("data/sst_train.csv", "data/sst_test.csv", "README.md"), (12, 6), ["x", "y"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_top_of_a_folder_says_what_is_train_and_what_is_test(script, tokenizer, tmp_path, layout):
+    files, rows, classes = LAYOUTS[layout]
+    for name in files:
+        head, _, tail = name.partition("{")
+        for inner in tail.partition("}")[0].split(",") if tail else [""]:
+            path = tmp_path / "d" / (head + inner + tail.partition("}")[2] if tail else name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".csv":
+                n = 6 if "test" in path.stem.lower() else 12
+                path.write_text("text,label\n" + "".join(f"{path.stem} {i},{'xy'[i % 2]}\n" for i in range(n)))
+            elif path.stem.isdecimal():
+                for i in range(int(path.stem)):
+                    target = path.with_name(f"{i}{path.suffix}")
+                    picture().save(target) if path.suffix == ".jpg" else target.write_text("a caption")
+            else:
+                path.write_text("0.jpg 1\n")
+    ft = script("finetune")
+    args = ft.Args(dataset=str(tmp_path / "d"))
+    data, names = texts_of(ft, args, tokenizer) if "csv" in layout else images_of(ft, args, 16)
+    assert (tuple(len(data[split][0]) for split in ("train", "test")), names) == (rows, classes)
+
+
+LABELS = {  # values of a column, and what becomes of them
+    "words that pandas takes for missing": ("csv", ["NA", "None"], ["NA", "None"], ""),
+    "negative numbers": ("csv", [-1, 1], ["-1", "1"], ""),
+    "truth": ("json", [True, False], ["False", "True"], ""),
+    "a missing one": ("csv", ["x", ""], [], "10 rows of train have no label"),
+    "several a row": ("json", [["x", "y"], ["x"]], [], "of type list, is not a class"),
+    "several as a vector": ("json", [[0, 1, 1], [1, 0, 1]], [], "of type list, is not a class"),
+    "fields": ("json", [{"name": "x"}, {"name": "y"}], [], "of type list, is not a class"),
+    "scores": ("csv", [0.25, 0.5], [], "of type float64, is not a class"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_what_is_a_class(script, tokenizer, tmp_path, capsys, case):
+    """Neither lists nor scores are: such a set is taken as unlabelled, and finetune.py ends with a word on labels."""
+    kind, values, classes, said = LABELS[case]
+    rows = [{"text": f"a text {i}", "label": values[i % 2]} for i in range(20)]
+    lines = [json.dumps(row) if kind == "json" else f"{row['text']},{row['label']}" for row in rows]
+    lines = ["text,label"] * (kind == "csv") + lines
+    (tmp_path / f"d.{kind}").write_text("\n".join(lines))
+    fr = script("further_pretrain_roberta")
+    data, names = texts_of(fr, fr.Args(dataset=str(tmp_path / f"d.{kind}")), tokenizer, ("train",))
+    assert names == classes and (data["train"][1] is None) == (not classes)
+    assert said in capsys.readouterr().out and len(data["train"][0]) == (18 if classes else 20)
+
+
 def test_images_are_decoded_once_for_all_runs_stages_and_seeds(script, tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     for i in range(6):

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import ROOT
 
 TINY = ROOT / "pretrained/roberta-tiny"
@@ -29,3 +30,30 @@ def test_own_csv_with_string_labels_and_macro_f1(run, tmp_path):
     final = json.loads((tmp_path / "run/metrics.json").read_text())["final"]
     assert final["metric"] == "macro_f1" and final["test/metric"] == final["test/macro_f1"] > 0.9
     assert json.loads((tmp_path / "run/model/config.json").read_text())["id2label"] == {"0": "contra", "1": "pro"}
+
+
+@pytest.mark.parametrize("kind", ["vit-mae-tiny", "roberta-tiny"])
+def test_a_classifier_of_other_classes_begins_anew_and_nothing_else_may(script, tmp_path, capsys, kind):
+    import torch
+    from transformers import AutoConfig
+
+    ft, source = script("finetune"), str(ROOT / "pretrained" / kind)
+    before, _, new = ft.load_model(source, AutoConfig.from_pretrained(source), list("abcd"), 0.0)
+    before.save_pretrained(tmp_path / "four")
+    config = AutoConfig.from_pretrained(tmp_path / "four")
+    _, report, none = ft.load_model(str(tmp_path / "four"), config, list("abcd"), 0.0)
+    assert none == [] and "new: nothing" in report
+    torch.manual_seed(1)
+    other, report, fresh = ft.load_model(str(tmp_path / "four"), config, list("xyz"), 0.0)
+    last = [key for key in new if other.state_dict()[key].shape != before.state_dict()[key].shape]
+    assert fresh == last and f"new: {', '.join(last)}" in report and other.config.id2label == {0: "x", 1: "y", 2: "z"}
+    head = other.state_dict()[next(key for key in last if key.endswith("weight"))]
+    assert head.shape[0] == 3 and 0 < head.std() < 0.1 and torch.isfinite(head).all()
+    kept = [key for key in before.state_dict() if key not in last]
+    assert all(torch.equal(before.state_dict()[key], other.state_dict()[key]) for key in kept)
+    wider = json.loads((tmp_path / "four/config.json").read_text())
+    wider["intermediate_size"] *= 2
+    (tmp_path / "four/config.json").write_text(json.dumps(wider))
+    with pytest.raises(SystemExit):
+        ft.load_model(str(tmp_path / "four"), AutoConfig.from_pretrained(tmp_path / "four"), list("xyz"), 0.0)
+    assert "do not fit a" in capsys.readouterr().err
