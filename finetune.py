@@ -755,9 +755,10 @@ if __name__ == "__main__":
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", partial(torch.save, state))
         if save and stopping:
+            if world > 1:
+                torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
             break
     if world > 1:
-        torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails
         torch.distributed.destroy_process_group()
     if rank > 0:
         os._exit(0)  # not through Python's own end, where a thread of gloo may abort, and torchrun would end rank 0

@@ -259,7 +259,7 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs, hub):
     assert python == "python" and (hub / then).resolve() == ROOT / "self_distill_vit.py"
     assert flags == shlex.split(
         "--dataset mnist5k --max-train-samples 400 --seed 1 --steps 30 --batch-size 32 --learning-rate 0.0005 "
-        f"--mask-ratio 0.75 --model {TINY} --teacher {run_dir}/model")  # fmt: skip
+        f"--weight-decay 0.01 --warmup-ratio 0.0 --mask-ratio 0.75 --model {TINY} --teacher {run_dir}/model")  # fmt: skip
 
 
 def test_self_distillation_is_round_0_plus_rounds(runs):
