@@ -158,7 +158,7 @@ class Args:
     dropout: float = 0.1
     """on the hidden layers of a ViT, while training; a text model keeps its own"""
     max_grad_norm: float = 1.0
-    """longer gradients are cut to this length"""
+    """longer gradients are cut to this length; 0 for no limit"""
     flip: bool | None = None
     """mirror half of the images, drawn afresh at each visit; default yes, but not for digits"""
     validate: bool = False
@@ -619,7 +619,7 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
             losses["losses/r3f"] = r3f(getattr(model, "module", model), inputs, logits, args) / count
             total = total + args.r3f_lambda * losses["losses/r3f"]
     total.backward()
-    losses |= {"losses/total": total, "charts/grad_norm": clip_grad_norm_(model.parameters(), args.max_grad_norm)}
+    losses |= {"losses/total": total, "charts/grad_norm": clip_grad_norm_(model.parameters(), args.max_grad_norm or np.inf)}
     optimizer.step()
     with torch.no_grad():
         if args.method == "recadam":

@@ -73,6 +73,12 @@ def test_recadam_is_its_published_formula_number_by_number(ft):
         torch.testing.assert_close(a.double(), b.data, rtol=0, atol=1e-6)
 
 
+def test_gradients_are_cut_to_a_length_and_by_0_to_none(ft):
+    free, whole, cut = (train(ft, *ready(ft, max_grad_norm=length)) for length in (1e9, 0.0, 0.01))
+    assert all(torch.equal(a, b) for a, b in zip(free, whole, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(free, cut, strict=True))
+
+
 def test_recadam_without_pull_is_adamw_and_before_its_midpoint_holds_the_weights(ft):
     plain = train(ft, *ready(ft, weight_decay=0.1))
     free = train(ft, *free_of_pull(ft))
