@@ -311,7 +311,8 @@ def read_files(path: Path) -> datasets.DatasetDict:
     folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
     deeper one does: a class may be called test. If some say none, and none says train, all is train."""
     top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
-    files = sorted(file for file in top.rglob("[!.]*") if file.is_file()) or [path]
+    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(top))}/**", recursive=True)))  # through links, nothing hidden
+    files = [file for file in inside if file.is_file()] or [path]
     ends, parts = {file.suffix.lower() for file in files}, {}
     kind = next((KINDS[end] for end in KINDS if end in ends), None)
     if not kind:  # of other kinds, one runs what is in the file

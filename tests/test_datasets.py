@@ -244,6 +244,27 @@ def test_only_the_top_of_a_folder_says_what_is_train_and_what_is_test(script, to
     assert (tuple(len(data[split][0]) for split in ("train", "test")), names) == (rows, classes)
 
 
+def test_a_folder_of_links_is_read_and_hidden_files_are_not(script, tokenizer, tmp_path):
+    for split, n in (("train", 6), ("test", 3)):
+        for name in ("a", "b"):
+            (tmp_path / "far" / split / name).mkdir(parents=True)
+            for i in range(n):
+                picture().save(tmp_path / "far" / split / name / f"{i}.jpg")
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / split).symlink_to(tmp_path / "far" / split)
+    (tmp_path / "d/.cache").mkdir()
+    picture().save(tmp_path / "d/.cache/train.jpg")
+    ft = script("finetune")
+    data, names = images_of(ft, ft.Args(dataset=str(tmp_path / "d")), 16)
+    assert ([len(samples) for samples, _ in data.values()], names) == ([12, 6], ["a", "b"])
+    (tmp_path / "t/.checkpoints").mkdir(parents=True)
+    for name in ("a.txt", ".checkpoints/b.txt", ".c.txt"):
+        (tmp_path / "t" / name).write_text("a text\n")
+    fr = script("further_pretrain_roberta")
+    data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / "t")), tokenizer, ("train",))
+    assert len(data["train"][0]) == 1
+
+
 LABELS = {  # values of a column, and what becomes of them
     "words that pandas takes for missing": ("csv", ["NA", "None"], ["NA", "None"], ""),
     "negative numbers": ("csv", [-1, 1], ["-1", "1"], ""),
