@@ -110,7 +110,7 @@ def test_asked_to_stop_all_processes_leave_one_checkpoint(hub, tmp_path, to_all)
     (tmp_path / "said").touch()
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen(by_two(tmp_path / "run", *flags), stdout=said, stderr=said, cwd=hub, start_new_session=True)
-        while "3/300" not in (tmp_path / "said").read_text() and process.poll() is None:
+        while "reconstruction=" not in (tmp_path / "said").read_text() and process.poll() is None:
             time.sleep(0.1)
         assert process.poll() is None, (tmp_path / "said").read_text()[-2000:]
         found = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
