@@ -144,6 +144,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+    sys.stdout.flush()  # where both go into one file, what was said before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
