@@ -426,8 +426,10 @@ def test_own_folder_with_classes_gets_a_stratified_test_split(script, tmp_path, 
 
 def test_flat_unlabelled_folder_is_enough_for_pretraining(run, tmp_path):
     image_folder(tmp_path / "photos", classes=("",), n=20)
-    run("self_distill_vit", "--dataset", tmp_path / "photos", "--model", TINY, "--steps", 2, "--run-dir", tmp_path / "run")
+    flags = ("--dataset", tmp_path / "photos", "--model", TINY, "--steps", 2, "--run-dir", tmp_path / "run")
+    done = run("self_distill_vit", *flags)
     assert (tmp_path / "run/model").exists()
+    assert "--dataset path/to/labelled" in done.stdout.strip().splitlines()[-1]  # these could not be fine-tuned on
 
 
 def folders_without_splits(kind, path):
