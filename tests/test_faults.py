@@ -141,6 +141,16 @@ def test_killed_while_the_data_is_made_ready(zygote, stages, undisturbed, tmp_pa
     agree(undisturbed(stage)[1], result(tmp_path / "cut"))
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once_and_it_resumes(zygote, stages, undisturbed, tmp_path):
+    stage = "further_pretrain_vit"
+    at = [i for i, name in enumerate(undisturbed(stage)[0], 1) if name == "step"][4]  # the first checkpoint is at the third
+    code, _, said = zygote(stage, tmp_path / "run", stages[stage], {"kind": "twice", "at": at})
+    assert code == -2 and "stopping after this step" in said and "error" not in said
+    code, _, said = zygote(stage, tmp_path / "run", stages[stage], resume=True)
+    assert code == 0, said[-1500:]
+    agree(undisturbed(stage)[1], result(tmp_path / "run"))
+
+
 def test_ctrl_c_while_images_are_decoded_is_one_line(zygote, tmp_path):
     hook = {"kind": "interrupt", "at": 7, "decode": True}  # in each of the processes that decode
     code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {"--steps": 2}, hook, str(tmp_path / "cache"))

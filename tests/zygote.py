@@ -41,6 +41,9 @@ def watch(hook: dict, passed: list[str], run_dir: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if hook["kind"] == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        if hook["kind"] == "twice":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         if hook["kind"] == "interrupt":  # as Ctrl-C in a terminal: the workers that decode get it as well
             os.killpg(0, signal.SIGINT)
         if hook["kind"] == "delete":
