@@ -433,7 +433,7 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
     for epoch in range(args.epochs):
         rng = np.random.default_rng([args.seed, t, 0, epoch])
         order = rng.permutation(n)  # the first few are the batch that is not full: of any length, each time others
-        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %: not the same texts together at each visit
+        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, our choice: each time with other texts
         order[rest:] = order[rest:][noisy.argsort()]
         parts = np.split(order, range(rest or args.batch_size, n, args.batch_size))
         batches += [parts[i] for i in rng.permutation(len(parts))]
