@@ -124,7 +124,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: bool = False
-    """compile the model: a minute or more at the start, faster steps after it"""
+    """compile the layers: half a minute at the start; for long runs on a GPU, on a CPU steps are slower"""
     batch_size: int | None = None
     """samples an optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -612,7 +612,7 @@ def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) 
         return embeddings.detach() + noise
 
     with model.base_model.get_input_embeddings().register_forward_hook(noised):
-        q = model.forward(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes); not compiled, or it misses the hook
+        q = model(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes)
     p = logits.log_softmax(dim=-1)
     return kl_div(q, p, reduction="sum", log_target=True) + kl_div(p, q, reduction="sum", log_target=True)
 
@@ -670,6 +670,7 @@ if __name__ == "__main__":
     else:
         fits = getattr(config, "max_position_embeddings", None) or 512  # some have two rows more (514, 4098), not for tokens
         processor.model_max_length = min(processor.model_max_length, fits - fits % 8)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
         reading = (TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
                    partial(tokenize_all, tokenizer=processor, length=args.max_length))  # fmt: skip
     with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
@@ -723,8 +724,9 @@ if __name__ == "__main__":
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
-    if args.compile:
-        model.compile()
+    if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
+        for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
+            [layer.compile() for layer in layers]
     # Each process takes every world-th row of a batch. Some text models have weights that no loss reaches.
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=not vision) if world > 1 else model
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption

@@ -95,7 +95,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: bool = False
-    """compile the model: a minute or more at the start, faster steps after it"""
+    """compile the layers: half a minute at the start; for long runs on a GPU, on a CPU steps are slower"""
     batch_size: int | None = None
     """samples an optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -449,7 +449,8 @@ def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") 
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
     last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
     keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
-    with last.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :keep],)):
+    # Not if compiled: the last layer then shares its graph with those before it.
+    with last.register_forward_pre_hook(lambda _, x: x if torch.compiler.is_compiling() else (x[0][:, :keep],)):
         hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D), of which only what is read is right
     vit.config.mask_ratio = ratio
     return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
@@ -542,9 +543,9 @@ if __name__ == "__main__":
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
-    if args.compile:
-        model.vit.compile()
-        model.decoder.compile()
+    if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
+        for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
+            [layer.compile() for layer in layers]
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)

@@ -96,7 +96,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: bool = False
-    """compile the model: a minute or more at the start, faster steps after it"""
+    """compile the layers: half a minute at the start; for long runs on a GPU, on a CPU steps are slower"""
     batch_size: int | None = None
     """samples an optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -480,6 +480,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
     fits = getattr(model.config, "max_position_embeddings", None) or 512  # some have two rows more (514, 4098), not for tokens
     tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
     return model.float(), tokenizer  # fp32, whatever precision the file is in
 
 
@@ -612,9 +613,9 @@ if __name__ == "__main__":
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels), 0)
     if state:  # of the round that was cut off, or of the last one, if only its last words were missing
         model.load_state_dict(state["model"])
-    if args.compile:
-        model.compile()
-        model.base_model.compile()  # which encode calls
+    if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
+        for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
+            [layer.compile() for layer in layers]
     # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption

@@ -16,7 +16,10 @@ full_logits  ours, but logits at all tokens, on batches of the same texts
 library's    own loss: of a model that is handed labels, logits and a cross-entropy at all tokens, the others ignored
 without ...  ours, but for one thing: what each gives
 trainer      transformers.Trainer: with DataCollatorForLanguageModeling, as run_mlm.py --line_by_line does; with
-             ViTMAEForPreTraining and crops and flips drawn anew at each visit, as run_mae.py does
+             ViTMAEForPreTraining and crops and flips drawn anew at each visit, as run_mae.py does; by default in fp32, and
+             images are read in the process that trains. On CUDA also in bf16, with eight threads that read ahead
+profile      on CUDA: whether the GPU's work or giving it that work takes the time
+vit_job      on CUDA: a round from the first byte of the images to the last step; from its parts, one of the paper's 20,000
 """
 
 import importlib.util
@@ -28,7 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,6 +39,7 @@ from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from unittest import mock
+from weakref import WeakSet
 
 import datasets
 import numpy as np
@@ -65,7 +69,7 @@ WORKS = ("vit_distill", "vit_mae", "roberta_mlm", "roberta_logits", "roberta_dis
 @dataclass
 class Args:
     work: tuple[str, ...] = WORKS
-    """what to time"""
+    """what to time; vit_job and profile as well, on CUDA"""
     device: str = "cpu"
     """cpu or cuda; on CUDA ours runs in bf16, theirs in fp32 as published, without TF32"""
     texts: Path | None = None
@@ -114,11 +118,15 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
     return best
 
 
+AHEAD: WeakSet[futures.Future] = WeakSet()  # what an arm reads ahead of its step
+
+
 def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
     """Blocks of `steps` calls in turn. Each call is one optimizer step and returns its number of samples."""
     speeds, memory = {name: [] for name in ("ours", *theirs)}, {}
     for block in range(args.blocks + 1):
         for name, step in (("ours", ours), *theirs.items()):
+            futures.wait(AHEAD)  # what the last arm still reads would slow this one down
             if args.device == "cuda":  # of this arm, with the weights of the others beside it
                 torch.cuda.reset_peak_memory_stats()
             start = wait(args.device)
@@ -149,8 +157,21 @@ def pixels_in_fp32(model: torch.nn.Module, device: str) -> torch.nn.Module:
     return model
 
 
-def tf32(on: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+def compile_layers(model: torch.nn.Module) -> None:
+    """As --compile does in the scripts."""
+    for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
+        [layer.compile() for layer in layers]
+
+
+def in_autocast(model: torch.nn.Module, device: str, bf16: bool):
+    """As accelerate does it for Trainer once train() is called: the forward pass alone."""
+    return mock.patch.object(model, "forward", torch.autocast(device, torch.bfloat16, enabled=bf16)(model.forward))
+
+
+def switches(ours: bool, texts: bool = False) -> None:
+    """What the scripts set for a whole process, and what is torch's default."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = ours
+    torch.backends.cuda.enable_cudnn_sdp(not (ours and texts))
 
 
 def utilisation(args: Args, step: Callable, speed: float, dtype: torch.dtype) -> dict:
@@ -200,8 +221,7 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
     students = [ViTMAEForPreTraining(config).to(args.device).train() for _ in range(2)]
     pixels_in_fp32(students[0], args.device)
     if args.compile:
-        students[0].vit.compile()
-        students[0].decoder.compile()
+        compile_layers(students[0])
     flags = sd.Args(learning_rate=rate, warmup_ratio=0.0)
     patches, rng = teacher.vit.embeddings.patch_embeddings.num_patches, np.random.default_rng(0)
 
@@ -217,7 +237,7 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
     theirs = plain_adamw(students[1], rate, (0.9, 0.95))
 
     def ours() -> int:
-        tf32(True)
+        switches(ours=True)
         if not state:
             state["images"], state["teacher"] = prepare()
         rows = rng.integers(0, n, batch)
@@ -229,17 +249,23 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
         sd.take(state["images"], rng.integers(0, n, batch), norm, size)
         return batch
 
-    workers = ThreadPoolExecutor(2)
-    ahead: list = []
+    workers, ahead = futures.ThreadPoolExecutor(2), []
 
     def load(rows: np.ndarray) -> torch.Tensor:
         return torch.stack([decoded(files[i], size) for i in rows])
 
-    def naive() -> int:
-        tf32(False)
-        while args.device == "cuda" and len(ahead) < 3:
+    there: list[torch.Tensor] = []  # one batch that is read already
+
+    def naive(read: bool = True) -> int:
+        switches(ours=False)
+        while args.device == "cuda" and read and len(ahead) < 3:
             ahead.append(workers.submit(load, rng.integers(0, n, batch)))
-        pixels = ahead.pop(0).result().pin_memory().cuda() if ahead else load(rng.integers(0, n, batch))
+            AHEAD.add(ahead[-1])
+        if not read:
+            there[:] = there or [load(rng.integers(0, n, batch)).to(args.device)]
+            pixels = there[0]
+        else:
+            pixels = ahead.pop(0).result().pin_memory().cuda() if ahead else load(rng.integers(0, n, batch))
         theirs.zero_grad()
         loss = students[1](pixels, noise=torch.rand(batch, patches, device=args.device)).loss
         loss.backward()
@@ -256,7 +282,8 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
 def vit_distill(args: Args) -> dict:
     """A step of self-distillation on ViT-B/16."""
     ours, naive, reading, _, dtype = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(args.images, 375))
-    found = compare(args, ours, {"naive": naive})
+    others = {"naive": naive} | ({"naive, nothing to read": partial(naive, False)} if args.device == "cuda" else {})
+    found = compare(args, ours, others)
     speed = found["ours"]["samples_per_second"]
     found["ours"] |= utilisation(args, ours, speed, dtype)
     start = wait(args.device)
@@ -281,11 +308,10 @@ def vit_mae(args: Args) -> dict:
         images = torch.from_numpy(np.stack(images)).cuda()
     pixels_in_fp32(mine, args.device)
     if args.compile:
-        mine.vit.compile()
-        mine.decoder.compile()
+        compile_layers(mine)
 
     def ours() -> int:
-        tf32(True)
+        switches(ours=True)
         noise = fp.upload(rng.random((batch, 196), np.float32), torch.device(args.device))
         fp.update(mine, *optimizer, fp.take(images, rng.integers(0, len(files), batch), norm, 224), noise, autocast)
         return batch
@@ -293,21 +319,34 @@ def vit_mae(args: Args) -> dict:
     crop = transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     then = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
     prepare = transforms.Compose([crop, *then])
-    options = transformers.TrainingArguments("runs/trainer", use_cpu=args.device == "cpu", report_to=[], disable_tqdm=True)
-    trainer = transformers.Trainer(its, options)
-    trainer.create_optimizer_and_scheduler(10**6)
+    workers, ahead = futures.ThreadPoolExecutor(8), []
 
-    def by_trainer() -> int:
-        tf32(False)
-        chosen = [Image.open(io.BytesIO(files[i])).convert("RGB") for i in rng.integers(0, len(files), batch)]
-        trainer.training_step(its, {"pixel_values": torch.stack([prepare(image) for image in chosen])}, batch)
-        torch.nn.utils.clip_grad_norm_(its.parameters(), options.max_grad_norm)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-        its.zero_grad()
-        return batch
+    def one(i: int) -> torch.Tensor:
+        return prepare(Image.open(io.BytesIO(files[i])).convert("RGB"))
 
-    found = compare(args, ours, {"trainer": by_trainer})
+    def by_trainer(bf16: bool) -> Callable:
+        flags = {"use_cpu": args.device == "cpu", "report_to": [], "disable_tqdm": True, "bf16": bf16}
+        trainer = transformers.Trainer(its, options := transformers.TrainingArguments("runs/trainer", **flags))
+        trainer.create_optimizer_and_scheduler(10**6)
+
+        def step() -> int:
+            switches(ours=False)
+            while bf16 and len(ahead) < 4:
+                ahead.append([workers.submit(one, i) for i in rng.integers(0, len(files), batch)])
+                AHEAD.update(ahead[-1])
+            chosen = [each.result() for each in ahead.pop(0)] if bf16 else map(one, rng.integers(0, len(files), batch))
+            with in_autocast(its, args.device, bf16):
+                trainer.training_step(its, {"pixel_values": torch.stack(list(chosen))}, batch)
+            torch.nn.utils.clip_grad_norm_(its.parameters(), options.max_grad_norm)
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+            its.zero_grad()
+            return batch
+
+        return step
+
+    others = {"trainer": by_trainer(False)} | ({"trainer, bf16": by_trainer(True)} if args.device == "cuda" else {})
+    found = compare(args, ours, others)
     found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
     return found
 
@@ -326,6 +365,46 @@ def whole_job(args: Args, make: Callable) -> dict:
     return {name: {"seconds": [round(s, 2) for s in spent]} for name, spent in times.items()} | {
         "ours_is_times": round(statistics.median(ratios), 3), "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
         "steps": args.tiny_steps}  # fmt: skip
+
+
+def vit_job(args: Args) -> dict:
+    """A round of ViT-B/16 from 1,020 JPEGs, as many as Flowers has: ours of 300 steps, naive of 30, which has no beginning."""
+    found, parts = {}, {}
+    ours, naive, *_ = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(510, 375) * 2)
+    for name, step, steps in (("ours", ours, 300), ("naive", naive, 30)):
+        start = wait(args.device)
+        step()  # with all that is done once: decoding, the teacher's vectors, --compile
+        first = wait(args.device)
+        for _ in range(steps - 1):
+            step()
+        end = wait(args.device)
+        parts[name] = first - start, (end - first) / (steps - 1)
+        found[name] = {"steps": steps, "seconds": round(end - start, 2), "of_the_first_step": round(first - start, 2),
+                       "of_a_later_step": round(parts[name][1], 5)}  # fmt: skip
+        print(f"  {name}: {found[name]}", flush=True)
+    for steps in (300, 20_000):
+        seconds = {name: round(first + (steps - 1) * later, 1) for name, (first, later) in parts.items()}
+        found[f"computed for {steps} steps"] = seconds | {"ours_is_times": round(seconds["naive"] / seconds["ours"], 3)}
+    return found
+
+
+def profile(args: Args) -> dict:
+    """Whether a step of self-distillation on ViT-B/16 waits for the GPU's work, or the GPU for being given it."""
+    ours, *_ = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(64, 375))
+    for _ in range(5):
+        ours()
+    start = wait(args.device)
+    for _ in range(20):
+        ours()
+    given, end = time.perf_counter(), wait(args.device)
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            ours()
+        wait(args.device)
+    on_gpu = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.key]
+    busy = sum(e.self_device_time_total for e in on_gpu) / 3
+    return {"ms_a_step": round((end - start) * 50, 2), "ms_to_give_it_to_the_gpu": round((given - start) * 50, 2),
+            "ms_the_gpu_is_busy": round(busy / 1e3, 2), "kernels": round(sum(e.count for e in on_gpu) / 3)}  # fmt: skip
 
 
 def tiny_vit_job(args: Args) -> dict:
@@ -369,8 +448,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     teacher = RobertaForMaskedLM(config).to(args.device).eval()
     students = [RobertaForMaskedLM(config).to(args.device).train() for _ in range(3)]
     if args.compile:
-        students[0].compile()
-        students[0].base_model.compile()
+        compile_layers(students[0])
     flags = sd.Args(learning_rate=rate, warmup_ratio=0.0, batch_size=batch, epochs=1)
     optimizer = sd.optimizer_and_schedule(students[0], flags, 10**6, (0.9, 0.98), 1e-6)
     theirs = plain_adamw(students[1], rate, (0.9, 0.98), 1e-6)
@@ -388,7 +466,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
     mine, its = epochs(), epochs()  # of the same batches
 
     def ours(order: Iterator[np.ndarray] = mine) -> int:
-        tf32(True)
+        switches(ours=True, texts=True)
         if distil and not state:
             state["teacher"] = sd.encode_all(teacher, texts, tokenizer, autocast)
         rows = next(order)
@@ -406,7 +484,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
         return chosen, collator([{"input_ids": ids.tolist()} for ids in chosen]).to(args.device)
 
     def naive() -> int:
-        tf32(False)
+        switches(ours=False)
         theirs.zero_grad()
         chosen, inputs = shuffled()
         loss = students[1](input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
@@ -423,25 +501,24 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
         loss.item()
         return batch
 
-    trainer = None
+    trainers: dict = {}
 
-    def by_trainer() -> int:
-        nonlocal trainer
-        tf32(False)
-        if trainer is None:
-            on_cpu = args.device == "cpu"
-            options = transformers.TrainingArguments("runs/trainer", use_cpu=on_cpu, report_to=[], disable_tqdm=True)
-            trainer = transformers.Trainer(students[2], options, data_collator=collator)
-            trainer.create_optimizer_and_scheduler(10**6)
-        _, inputs = shuffled()
-        trainer.training_step(students[2], inputs, batch)
-        torch.nn.utils.clip_grad_norm_(students[2].parameters(), options_max_norm)
+    def by_trainer(bf16: bool = False) -> int:
+        switches(ours=False)
+        if bf16 not in trainers:
+            flags = {"use_cpu": args.device == "cpu", "report_to": [], "disable_tqdm": True, "bf16": bf16}
+            options = transformers.TrainingArguments("runs/trainer", **flags)
+            trainers[bf16] = transformers.Trainer(students[2], options, data_collator=collator)
+            trainers[bf16].create_optimizer_and_scheduler(10**6)
+        trainer, (_, inputs) = trainers[bf16], shuffled()
+        with in_autocast(students[2], args.device, bf16):
+            trainer.training_step(students[2], inputs, batch)
+        torch.nn.utils.clip_grad_norm_(students[2].parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
         students[2].zero_grad()
         return batch
 
-    options_max_norm = 1.0  # Trainer's default
     return ours, naive, by_trainer, full_logits
 
 
@@ -451,9 +528,8 @@ BASE = partial(RobertaConfig, vocab_size=50265, max_position_embeddings=514, typ
 def roberta_mlm(args: Args) -> dict:
     """A step of further pre-training on RoBERTa-base."""
     ours, naive, trainer, full_logits = text_steps(args, BASE(), args.text_batch, distil=False)
-    others = {"trainer": trainer, "naive": naive}
-    if not args.compile:  # a compiled model that was once called without the hook of masked_logits leaves it out ever after
-        others["full_logits"] = full_logits
+    others = {"trainer": trainer, "naive": naive, "full_logits": full_logits}
+    others |= {"trainer, bf16": partial(trainer, True)} if args.device == "cuda" else {}
     return compare(args, ours, others)  # no utilisation: batches differ in length, and with it in operations
 
 
@@ -467,6 +543,10 @@ def roberta_logits(args: Args) -> dict:
     allowed[tokenizer.all_special_ids] = False
     optimizer = fp.optimizer_and_schedule(model, fp.Args(learning_rate=1e-4, warmup_ratio=0.0), 10**6, (0.9, 0.98), 1e-6)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    if args.compile:
+        compile_layers(model)
+
+    switches(ours=True, texts=True)
 
     def ours() -> int:
         rows = rng.integers(0, len(texts), args.text_batch)
@@ -512,7 +592,8 @@ def tiny_roberta_job(args: Args) -> dict:
 def gains(args: Args) -> dict:
     """Self-distillation steps of base-size models with one thing left out: `ours_is_times` is what that one gives."""
     found, autocast = {}, torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-    rng, dev = np.random.default_rng(0), torch.device(args.device)
+    fp32 = torch.autocast(args.device, torch.bfloat16, enabled=False)  # with TF32 on CUDA
+    rng, dev, gpu = np.random.default_rng(0), torch.device(args.device), args.device == "cuda"
 
     def without(step: Callable, model, attention: str = "sdpa", **patches) -> Callable:
         def run() -> int:
@@ -535,7 +616,7 @@ def gains(args: Args) -> dict:
     optimizer, scheduler = sd.optimizer_and_schedule(model, flags, 10**6, (0.9, 0.95))
     plain, target = plain_adamw(model, 1e-4, (0.9, 0.95)), torch.randn(batch, 768, device=dev)
 
-    def images(optimizer=optimizer, live: bool = False) -> int:
+    def images(optimizer=optimizer, live: bool = False, autocast=autocast) -> int:
         pixels = torch.randn(batch, 3, 224, 224, device=dev)
         noise = torch.rand(batch, 196, device=dev)
         with torch.no_grad(), autocast:
@@ -546,11 +627,13 @@ def gains(args: Args) -> dict:
     def full(vit, pixels, representation="cls"):
         return whole_cls(model if vit is model.vit else teacher, pixels)
 
+    switches(ours=True)
     found["vit-b/16"] = compare(args, without(images, model), {
         "without the teacher's vectors kept": without(partial(images, live=True), model),
         "without sparing the last layer's MLP": without(images, model, encode=(sd, full)),
         "without SDPA attention": without(images, model, attention="eager"),
-        "without fused AdamW": without(partial(images, optimizer=plain), model)})  # fmt: skip
+        "without fused AdamW": without(partial(images, optimizer=plain), model)}
+        | ({"without bf16, but TF32": without(partial(images, autocast=fp32), model)} if gpu else {}))  # fmt: skip
 
     td, batch, config = script("self_distill_roberta"), args.text_batch, BASE()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
@@ -565,17 +648,19 @@ def gains(args: Args) -> dict:
     like = {True: lengths, False: np.ones_like(lengths)}  # grouped by length, and not
     orders = {grouped: cycle(td.batches_of_epochs(flags, 0, of)) for grouped, of in like.items()}
 
-    def words(optimizer=optimizer, grouped: bool = True) -> int:
+    def words(optimizer=optimizer, grouped: bool = True, autocast=autocast) -> int:
         rows = next(orders[grouped])
         inputs = td.collate(texts, rows, tokenizer, dev, allowed, 0.15, rng)
         td.update(model, optimizer, scheduler, inputs, autocast, cls[: len(rows)], flags)
         return len(rows)
 
+    switches(ours=True, texts=True)
     found["roberta-base"] = compare(replace(args, steps=5), without(words, model), {
         "without logits at masked tokens alone": without(words, model, masked_logits=(td, every_logit)),
         "without texts of similar length together": without(partial(words, grouped=False), model),
         "without SDPA attention": without(words, model, attention="eager"),
-        "without fused AdamW": without(partial(words, optimizer=plain), model)})  # fmt: skip
+        "without fused AdamW": without(partial(words, optimizer=plain), model)}
+        | ({"without bf16, but TF32": without(partial(words, autocast=fp32), model)} if gpu else {}))  # fmt: skip
     return found
 
 
@@ -591,6 +676,7 @@ def baselines(args: Args) -> dict:
                          {"input_ids": torch.randint(5, 50000, (args.text_batch, 64), generator=rng)}),
     }  # fmt: skip
     for kind, (make, batch, inputs) in kinds.items():
+        switches(ours=True, texts=kind == "roberta-base")
         model = make().to(args.device).train()
         inputs = {key: value.to(args.device) for key, value in inputs.items()}
         targets = torch.zeros(batch, dtype=torch.long, device=args.device)
