@@ -1,4 +1,4 @@
-"""Two processes share a batch and end where one does, to fp32 rounding."""
+"""Two processes share a batch and end where one does, to fp32 rounding; so does a compiled run."""
 
 import json
 import os
@@ -39,6 +39,31 @@ def inputs(hub, tmp_path_factory):
             "further_pretrain_roberta": texts, "self_distill_roberta": texts, "finetune texts": texts}  # fmt: skip
 
 
+def agree(tmp_path, one, two):
+    """Two runs have the same curves and end with the same weights, to fp32 rounding."""
+    curves = {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for kind in (one, two):
+        assert len(list((tmp_path / kind).glob("events*"))) == 1  # rank 0 alone writes
+        events = EventAccumulator(str(tmp_path / kind)).Reload()
+        found = [tag for tag in events.Tags()["scalars"] if "per_second" not in tag]
+        curves[kind] = {tag: [e.value for e in events.Scalars(tag)] for tag in found}
+    assert curves[one].keys() == curves[two].keys() and len(curves[one]["losses/total"]) >= 6
+    for tag, values in curves[one].items():
+        np.testing.assert_allclose(curves[two][tag], values, rtol=2e-3, atol=1e-6, err_msg=tag)
+    np.testing.assert_allclose(curves[two]["losses/total"][0], curves[one]["losses/total"][0], rtol=1e-5)
+    first, second = (load_file(tmp_path / kind / "model/model.safetensors") for kind in (one, two))
+    steps = len(curves[one]["losses/total"])
+    for key in first:  # Adam's first steps are lr * sign(gradient): a gradient of all but zero may go either way,
+        if key.endswith("key.bias"):  # and this one is zero: softmax does not see what all keys have in common
+            continue
+        apart = (first[key] - second[key]).abs()
+        off = (apart > 2e-6).float().mean().item()
+        assert off < 0.02, f"{key}: {off:.1%} of the weights are elsewhere"
+        assert apart.max() <= 2 * steps * 1e-4, f"{key}: farther apart than the steps are long"
+
+
 SLOW = ("further_pretrain_vit", "further_pretrain_roberta", "finetune", "finetune recadam", "finetune mars", "finetune r3f")
 STAGES = ["self_distill_vit", "self_distill_roberta", "finetune texts"]
 STAGES += [pytest.param(stage, marks=pytest.mark.slow) for stage in SLOW]
@@ -54,27 +79,16 @@ def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
     command += ["--run-dir", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    curves = {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    agree(tmp_path, "one", "two")
 
-    for kind in ("one", "two"):
-        assert len(list((tmp_path / kind).glob("events*"))) == 1  # rank 0 alone writes
-        events = EventAccumulator(str(tmp_path / kind)).Reload()
-        found = [tag for tag in events.Tags()["scalars"] if "per_second" not in tag]
-        curves[kind] = {tag: [e.value for e in events.Scalars(tag)] for tag in found}
-    assert curves["one"].keys() == curves["two"].keys() and len(curves["one"]["losses/total"]) >= 6
-    for tag, values in curves["one"].items():
-        np.testing.assert_allclose(curves["two"][tag], values, rtol=2e-3, atol=1e-6, err_msg=tag)
-    np.testing.assert_allclose(curves["two"]["losses/total"][0], curves["one"]["losses/total"][0], rtol=1e-5)
-    one, two = (load_file(tmp_path / kind / "model/model.safetensors") for kind in ("one", "two"))
-    steps = len(curves["one"]["losses/total"])
-    for key in one:  # Adam's first steps are lr * sign(gradient): a gradient of all but zero may go either way,
-        if key.endswith("key.bias"):  # and this one is zero: softmax does not see what all keys have in common
-            continue
-        apart = (one[key] - two[key]).abs()
-        off = (apart > 2e-6).float().mean().item()
-        assert off < 0.02, f"{key}: {off:.1%} of the weights are elsewhere"
-        assert apart.max() <= 2 * steps * 1e-4, f"{key}: farther apart than the steps are long"
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*STAGES[:3], "finetune", "finetune r3f"])
+def test_a_compiled_run_agrees_with_an_eager_one(run, inputs, tmp_path, stage):
+    flags = [*inputs[stage], "--batch-size", 8, "--learning-rate", 1e-4, "--log-every", 1, "--eval-every", 0]
+    run(stage.split()[0], *flags, "--run-dir", tmp_path / "eager")
+    run(stage.split()[0], *flags, "--run-dir", tmp_path / "compiled", "--compile")
+    agree(tmp_path, "eager", "compiled")
 
 
 def by_two(run_dir, *flags):
