@@ -96,7 +96,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: bool = False
-    """compile the layers: half a minute at the start; for long runs on a GPU, on a CPU steps are slower"""
+    """compile the layers, 15 s at the start: less work for a GPU, a faster step if the CPU keeps up; on a CPU slower"""
     batch_size: int | None = None
     """samples an optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -108,11 +108,11 @@ class Args:
     save_every: int | None = None
     """steps between two checkpoints, 0 for none within a round; default by dataset"""
     eval_every: int | None = None
-    """steps between two looks at the model (k-NN probe, pictures, sentences; scores if finetune.py --validate), 0 for none"""
+    """steps between two looks at the model (k-NN, pictures, words; scores with --validate), 0 for none; default by dataset"""
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
-    """use this many samples of the train split, stratified where there are labels; default all"""
+    """use this many samples of the train split, stratified by labels; default all, but few of embedded sets in finetune.py"""
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None

@@ -666,7 +666,7 @@ def gains(args: Args) -> dict:
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
 def baselines(args: Args) -> dict:
-    """A step of each baseline beside plain fine-tuning: here below 1 means slower."""
+    """A step of each baseline beside plain fine-tuning: here `ours_is_times` is how many plain steps one costs."""
     ft, found = script("finetune"), {}
     rng = torch.Generator().manual_seed(0)
     kinds = {
