@@ -72,6 +72,7 @@ SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", 
           "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
 KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
+LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
 KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
 # The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
 LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
@@ -328,7 +329,7 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
     return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
 
 
-def read_files(path: Path) -> datasets.DatasetDict:
+def read_files(path: Path, label_column: str | None = None) -> datasets.DatasetDict:
     """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
     folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
     deeper one does: a class may be called test. If some say none, and none says train, all is train."""
@@ -348,9 +349,12 @@ def read_files(path: Path) -> datasets.DatasetDict:
     if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
         parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
     named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
-    missing = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # NA and None are words
-    data = datasets.load_dataset(kind, data_files=named, **missing)
-    if (read := sum(map(len, data.values() if images else named.values()))) < len(files):
+    # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
+    written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
+    flags = {"keep_default_na": False, "na_values": [""], "converters": written} if kind == "csv" else {}
+    data = datasets.load_dataset(kind, data_files=named, **flags)
+    read = sum(map(len, data.values() if images else named.values()))
+    if (read := read + sum(images and file.stem == "metadata" for file in files)) < len(files):
         print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
     return data
 
@@ -366,14 +370,14 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         else:
-            parts = read_files(Path(name)) if Path(name).exists() else datasets.load_dataset(name)
+            parts = read_files(Path(name), args.label_column) if Path(name).exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
     if rest := sorted(set(parts) - set(splits)):
         print(f"{name}: not used here: {', '.join(rest)}")
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
-        found = [c for c in ("label", "labels", "class", "target") if c in part.features] + [None]
+        found = [c for c in LABELS if c in part.features] + [None]
         label = args.label_column or (known[3] if known else found[0])
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
@@ -385,14 +389,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
         kind = str(getattr(part.features.get(label), "dtype", "list"))
+        kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
         if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
             print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
                   "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
-        order = order or sorted(set(labels), key=lambda key: (int(key) if key.isdecimal() else -1, key))
-        names = names or [key for key in order if key in set(labels)]  # train comes first: the classes are those it has
-        if odd := sorted(set(labels) - set(names)):
+        present = set(labels)
+        order = order or sorted(present, key=lambda key: (int(key) if key.isdecimal() else -1, key))
+        names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
+        if odd := sorted(present - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
@@ -402,10 +408,11 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             fail(f"{name}: column {column} of {split} is empty or of special tokens only: there is nothing to learn from")
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
-        data[split] = [samples[i] for i in kept], np.array([names.index(labels[i]) for i in kept]) if label else None
+        number = {key: i for i, key in enumerate(names)}
+        data[split] = [samples[i] for i in kept], np.array([number[labels[i]] for i in kept]) if label else None
     if not (known or "test" in parts or names):
         print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts) and ("test" in splits or np.bincount(data["train"][1]).min() > 1):
+    elif not (known or "test" in parts) and ("test" in splits or np.unique(data["train"][1], return_counts=True)[1].min() > 1):
         print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"])
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
@@ -414,10 +421,13 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
 
 
 def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any; the second is a tenth if no size is given."""
+    """Two disjoint parts, seeded, stratified by the labels where there are any; the second is a tenth if no size is given. A
+    train_size of samples is drawn without strata if a class has one sample, or the rest not one of each."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
+    counts = np.unique(labels, return_counts=True)[1]
+    mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
-        parts = train_test_split(np.arange(len(samples)), stratify=labels, random_state=seed, **size)
+        parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
 
 
@@ -478,7 +488,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         fail(f"the tokenizer of {source} has no mask or no start token, only {', '.join(tokenizer.all_special_tokens)}")
     if not 0.99 * model.config.vocab_size <= len(tokenizer) <= model.config.vocab_size:  # some round it up
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
-    fits = getattr(model.config, "max_position_embeddings", None) or 512  # some have two rows more (514, 4098), not for tokens
+    fits = (getattr(model.config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in model.config.model_type)
     tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
     return model.float(), tokenizer  # fp32, whatever precision the file is in
@@ -698,6 +708,7 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
     same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
-    same |= {"model": f"{run_dir}/model"} | ({"dataset": "path/to/labelled"} if labels is None else {})
+    same |= {"model": f"{run_dir}/model", "max_length": args.max_length}
+    same |= {"dataset": "path/to/labelled"} if labels is None else {}
     same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("finetune.py")), *same]))

@@ -273,7 +273,9 @@ LABELS = {  # values of a column, and what becomes of them
     "several a row": ("json", [["x", "y"], ["x"]], [], "of type list, is not a class"),
     "several as a vector": ("json", [[0, 1, 1], [1, 0, 1]], [], "of type list, is not a class"),
     "fields": ("json", [{"name": "x"}, {"name": "y"}], [], "of type list, is not a class"),
-    "scores": ("csv", [0.25, 0.5], [], "of type float64, is not a class"),
+    "scores": ("csv", [0.25, 0.5], [], "of type float, is not a class"),
+    "scores in json": ("json", [0.25, 0.5], [], "of type float, is not a class"),
+    "numbers with zeros before them": ("csv", ["001", "1"], ["001", "1"], ""),
 }
 
 
@@ -289,6 +291,46 @@ def test_what_is_a_class(script, tokenizer, tmp_path, capsys, case):
     data, names = texts_of(fr, fr.Args(dataset=str(tmp_path / f"d.{kind}")), tokenizer, ("train",))
     assert names == classes and (data["train"][1] is None) == (not classes)
     assert said in capsys.readouterr().out and len(data["train"][0]) == (18 if classes else 20)
+
+
+@pytest.mark.parametrize("flags", [{}, {"label_column": "kind"}])
+def test_labels_of_a_csv_are_what_is_written_in_all_its_files_and_parts(script, tokenizer, tmp_path, flags):
+    """The library guesses a column's type anew in each file and each 10,000 rows, and turns 001 into 1 and True into true."""
+    (tmp_path / "d").mkdir()
+    parts = {"train-1": ["A1", "001", "True"] * 4000 + ["001"] * 9000, "train-2": ["001", "True"], "test": ["True", "True"]}
+    for name, labels in parts.items():
+        rows = [f"text {i},{label},7" for i, label in enumerate(labels)]
+        (tmp_path / f"d/{name}.csv").write_text("\n".join([f"text,{flags.get('label_column', 'label')},other", *rows]))
+    fr = script("further_pretrain_roberta")
+    data, names = texts_of(fr, fr.Args(dataset=str(tmp_path / "d"), **flags), tokenizer)
+    counts = {
+        split: dict(zip(names, np.bincount(labels, minlength=3).tolist(), strict=True)) for split, (_, labels) in data.items()
+    }
+    assert counts == {"train": {"001": 13001, "A1": 4000, "True": 4001}, "test": {"001": 0, "A1": 0, "True": 2}}
+
+
+def test_a_class_of_empty_texts_alone_does_not_keep_the_held_out_tenth_in_training(script, tokenizer, tmp_path):
+    rows = [{"text": f"a text {i}", "label": "bc"[i % 2]} for i in range(40)] + [{"text": "", "label": "a"}] * 4
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fr = script("further_pretrain_roberta")
+    kinds = [("train",), ("train", "test")]  # as in pre-training, as in fine-tuning
+    one, two = (texts_of(fr, fr.Args(dataset=str(tmp_path / "d.jsonl")), tokenizer, splits)[0]["train"][0] for splits in kinds)
+    assert len(one) == 36 and all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_few_samples_can_be_drawn_where_they_cannot_be_stratified(script, tokenizer, tmp_path):
+    rows = [{"text": f"a text {i}", "label": "bc"[i % 2]} for i in range(40)]
+    fr = script("further_pretrain_roberta")
+    for n, more in (
+        (20, [{"text": "alone", "label": "a"}]),
+        (39, []),
+    ):  # a class of one sample; a rest of less than one of each
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(map(json.dumps, rows + more)))
+        (tmp_path / f"{n}/test").mkdir(parents=True)
+        for split, part in (("train", rows + more), ("test", rows[:4])):
+            (tmp_path / f"{n}/{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+        data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / str(n)), max_train_samples=n), tokenizer)
+        assert len(data["train"][0]) == n and len({ids.tobytes() for ids in data["train"][0]}) == n
 
 
 def test_images_are_decoded_once_for_all_runs_stages_and_seeds(script, tmp_path, monkeypatch):

@@ -25,11 +25,12 @@ def test_own_csv_with_string_labels_and_macro_f1(run, tmp_path):
     lines = [f"{text} {i},{label}\n" for i, (text, label) in enumerate(rows)]
     (tmp_path / "own.csv").write_text("text,label\n" + "".join(lines))
     flags = ("--dataset", tmp_path / "own.csv", "--model", TINY, "--epochs", 8, "--learning-rate", 1e-3, "--batch-size", 8)
-    done = run("finetune", "--run-dir", tmp_path / "run", *flags)
+    done = run("finetune", "--run-dir", tmp_path / "run", *flags, "--max-length", 16)
     assert "has no test split: a stratified tenth of train is held out as one" in done.stdout
     final = json.loads((tmp_path / "run/metrics.json").read_text())["final"]
     assert final["metric"] == "macro_f1" and final["test/metric"] == final["test/macro_f1"] > 0.9
     assert json.loads((tmp_path / "run/model/config.json").read_text())["id2label"] == {"0": "contra", "1": "pro"}
+    assert json.loads((tmp_path / "run/model/tokenizer_config.json").read_text())["model_max_length"] == 16  # as it was scored
 
 
 @pytest.mark.parametrize("kind", ["vit-mae-tiny", "roberta-tiny"])
@@ -43,13 +44,18 @@ def test_a_classifier_of_other_classes_begins_anew_and_nothing_else_may(script, 
     config = AutoConfig.from_pretrained(tmp_path / "four")
     _, report, none = ft.load_model(str(tmp_path / "four"), config, list("abcd"), 0.0)
     assert none == [] and "new: nothing" in report
+    as_many, _, others = ft.load_model(str(tmp_path / "four"), config, list("abdc"), 0.0)
     torch.manual_seed(1)
     other, report, fresh = ft.load_model(str(tmp_path / "four"), config, list("xyz"), 0.0)
     last = [key for key in new if other.state_dict()[key].shape != before.state_dict()[key].shape]
-    assert fresh == last and f"new: {', '.join(last)}" in report and other.config.id2label == {0: "x", 1: "y", 2: "z"}
+    assert sorted(others) == fresh == last and f"new: {', '.join(last)}" in report
+    assert other.config.id2label == {0: "x", 1: "y", 2: "z"}
     head = other.state_dict()[next(key for key in last if key.endswith("weight"))]
     assert head.shape[0] == 3 and 0 < head.std() < 0.1 and torch.isfinite(head).all()
+    weight = next(key for key in last if key.endswith("weight"))
+    assert not torch.equal(as_many.state_dict()[weight], before.state_dict()[weight])
     kept = [key for key in before.state_dict() if key not in last]
+    assert all(torch.equal(before.state_dict()[key], as_many.state_dict()[key]) for key in kept)
     assert all(torch.equal(before.state_dict()[key], other.state_dict()[key]) for key in kept)
     wider = json.loads((tmp_path / "four/config.json").read_text())
     wider["intermediate_size"] *= 2

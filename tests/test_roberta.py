@@ -235,8 +235,15 @@ def test_looking_is_without_dropout_and_leaves_it_on_for_the_training(sd, script
         assert model.training and tuned.training
 
 
-def test_roberta_tables_hold_two_places_fewer_than_rows(sd, folders):
+def test_roberta_tables_hold_two_places_fewer_than_rows(sd, folders, tmp_path):
     assert [sd.load_model(str(folders[kind]))[1].model_max_length for kind in ("roberta", "bert", "modernbert")] == [40] * 3
+    from transformers import RobertaForMaskedLM
+
+    shape = config("roberta")
+    shape.max_position_embeddings = 40  # two of which are not for tokens: 38, down to a multiple of 8
+    RobertaForMaskedLM(shape).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    assert sd.load_model(str(tmp_path / "model"))[1].model_max_length == 32
 
 
 # ------------------------------------------------------------------------------------------------ the scripts

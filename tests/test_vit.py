@@ -127,6 +127,16 @@ def test_compiled_encoding_is_the_same_whatever_was_asked_for_before(sd, batch, 
             torch.testing.assert_close(model(batch[0], noise=batch[1]).loss, masked)
 
 
+def test_what_is_saved_says_how_images_were_resized(sd, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 3, "size": {"height": 224, "width": 224}}))
+    _, processor = sd.load_model(str(tmp_path / "model"), 0.75, torch.device("cpu"))
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/preprocessor_config.json").read_text())
+    assert (saved["resample"], saved["size"]) == (2, {"height": 64, "width": 64})  # 2: bilinear, as decode does
+
+
 def test_gradients_are_those_of_two_backward_passes_with_a_live_teacher(sd, batch):
     """As in the authors' code: loss by loss, the teacher run at the step. Ours sums the losses, its teacher is a constant."""
     pixels, noise = batch
