@@ -683,7 +683,7 @@ if __name__ == "__main__":
         reading = (IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
                    lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)))
     else:
-        fits = (getattr(config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in config.model_type)
+        fits = (getattr(config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in config.model_type)  # 2: no tokens
         processor.model_max_length = min(processor.model_max_length, fits - fits % 8, args.max_length)
         torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
         reading = (TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),

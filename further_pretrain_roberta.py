@@ -475,7 +475,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not 0.99 * model.config.vocab_size <= len(tokenizer) <= model.config.vocab_size:  # some round it up
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
     fits = (getattr(model.config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in model.config.model_type)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)  # RoBERTa has 2 that are not for tokens
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
     return model.float(), tokenizer  # fp32, whatever precision the file is in
 

@@ -715,7 +715,7 @@ if __name__ == "__main__":
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
             "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()},
         }  # fmt: skip
-        found["args"]["texts"] = args.texts and args.texts.name
+        found["args"] |= {"texts": args.texts and args.texts.name, "out": args.out.name}  # no machine's own paths
         known[f"{work} {args.device}" + " compiled" * args.compile] = found
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(known, indent=1) + "\n")
