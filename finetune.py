@@ -179,7 +179,7 @@ class Args:
     r3f_lambda: float = 1.0
     """weight of the divergence"""
     r3f_eps: float = 1e-5
-    """half width or deviation of the noise; too small for bf16 to see, so --precision fp32 goes with it"""
+    """half width or deviation of the noise; too small for bf16 to see, and small beside --dropout, see docs/baselines.md"""
     r3f_noise: Literal["uniform", "normal"] = "uniform"
     """its distribution"""
 
@@ -570,8 +570,9 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
     if not new and [*map(str, config.id2label.values())] != names:  # as many classes, but others
         for key, module in model.named_modules():
             if not key.startswith(body) and getattr(module, "out_features", None) == len(names):
-                module.reset_parameters()
-                new += [f"{key}.weight", f"{key}.bias"]
+                for name, p in module.named_parameters():  # as the library makes a new one
+                    torch.nn.init.normal_(p, std=getattr(config, "initializer_range", 0.02) if p.ndim > 1 else 0)
+                    new.append(f"{key}.{name}")
     left = ", ".join(sorted({".".join(key.split(".")[: 1 + key.startswith(body)]) for key in unused})) or "nothing"
     return model.float(), f"encoder loaded from {source}, new: {', '.join(new) or 'nothing'}, left out: {left}", new
 
@@ -701,7 +702,8 @@ if __name__ == "__main__":
     metric = METRICS.get(args.dataset, "accuracy" if vision else "macro_f1")
     if vision and device.type == "cuda" and n * train[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # keep it there
         train = torch.cat([torch.from_numpy(np.stack(train[i : i + 1024])).to(device) for i in range(0, n, 1024)])
-    batches = rows_of_batches(args, 0, n) if vision else batches_of_epochs(args, 0, np.array([len(ids) for ids in train]))
+    t = 2**31  # no round of pre-training has this number: order and dropout are not those that a model was pre-trained with
+    batches = rows_of_batches(args, t, n) if vision else batches_of_epochs(args, t, np.array([len(ids) for ids in train]))
     if min(map(len, batches)) < world:
         fail(f"the last batch has {min(map(len, batches))} samples for {world} processes: give another --batch-size")
     total_steps = len(batches)
@@ -747,7 +749,7 @@ if __name__ == "__main__":
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
     for step in bar:
-        rng = np.random.default_rng([args.seed, 0, 1, step])
+        rng = np.random.default_rng([args.seed, t, 1, step])
         torch.manual_seed(int(rng.integers(2**62)) + rank)  # of dropout: of seed and step, so a resumed run drops the same
         rows = batches[step][rank::world]
         batch = inputs(train, rows)

@@ -450,7 +450,7 @@ def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=
     `where` (M,), the flat positions to predict, and the batch's count of them and of texts, for each of `world` processes.
     Each takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it."""
     first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-    ids, attention = pad(texts, rows, tokenizer.pad_token_id or 0)
+    ids, attention = pad(texts, rows, tokenizer.pad_token_id)
     batch = {"ids": ids, "attention": attention, "start": (ids == first).argmax(1)}
     if rng:
         batch["masked"], chosen = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
@@ -470,8 +470,8 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             source, use_safetensors=True, output_loading_info=True, trust_remote_code=False)  # fmt: skip
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
-    if tokenizer.mask_token_id is None or (tokenizer.cls_token_id is None and tokenizer.bos_token_id is None):
-        fail(f"the tokenizer of {source} has no mask or no start token, only {', '.join(tokenizer.all_special_tokens)}")
+    if None in (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token or tokenizer.bos_token):
+        fail(f"the tokenizer of {source} has no mask, padding or start token, only {', '.join(tokenizer.all_special_tokens)}")
     if not 0.99 * model.config.vocab_size <= len(tokenizer) <= model.config.vocab_size:  # some round it up
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
     fits = (getattr(model.config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in model.config.model_type)

@@ -437,6 +437,7 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         if config.num_channels != 3:
             fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
         config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # none in MAE; noise is all that is drawn
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)

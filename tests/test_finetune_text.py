@@ -54,6 +54,8 @@ def test_a_classifier_of_other_classes_begins_anew_and_nothing_else_may(script, 
     assert head.shape[0] == 3 and 0 < head.std() < 0.1 and torch.isfinite(head).all()
     weight = next(key for key in last if key.endswith("weight"))
     assert not torch.equal(as_many.state_dict()[weight], before.state_dict()[weight])
+    assert 0.7 < as_many.state_dict()[weight].std() / head.std() < 1.4  # as the library makes one of another number
+    assert not as_many.state_dict()[weight.replace("weight", "bias")].any()
     kept = [key for key in before.state_dict() if key not in last]
     assert all(torch.equal(before.state_dict()[key], as_many.state_dict()[key]) for key in kept)
     assert all(torch.equal(before.state_dict()[key], other.state_dict()[key]) for key in kept)

@@ -406,6 +406,8 @@ def broken_model(folders, tmp_path, fault):
         GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)).save_pretrained(path)
     elif fault == "no mask":
         word_tokenizer(mask_token=None).save_pretrained(path)
+    elif fault == "no padding":
+        word_tokenizer(pad_token=None).save_pretrained(path)
     else:
         word_tokenizer(size=60).save_pretrained(path)
     return path
@@ -427,7 +429,9 @@ FAULTS = {
                 "{model} is not a masked language model with its head: no weights for lm_head.bias, ..."),
     "gpt2": (lambda t, f: ("--model", broken_model(f, t, "gpt2")), "cannot load model {model}: ..."),
     "no mask": (lambda t, f: ("--model", broken_model(f, t, "no mask")),
-                "the tokenizer of {model} has no mask or no start token, only <s>, </s>, <unk>, <pad>"),
+                "the tokenizer of {model} has no mask, padding or start token, only <s>, </s>, <unk>, <pad>"),
+    "no padding": (lambda t, f: ("--model", broken_model(f, t, "no padding")),
+                   "the tokenizer of {model} has no mask, padding or start token, only <s>, </s>, <unk>, <mask>"),
     "vocabulary": (lambda t, f: ("--model", broken_model(f, t, "vocabulary")),
                    "{model}: a tokenizer of 60 tokens does not go with a vocabulary of 96"),
     "share": (lambda t, f: ("--mlm-probability", "0"),

@@ -137,6 +137,18 @@ def test_what_is_saved_says_how_images_were_resized(sd, tmp_path):
     assert (saved["resample"], saved["size"]) == (2, {"height": 64, "width": 64})  # 2: bilinear, as decode does
 
 
+def test_dropout_of_the_configuration_is_left_out(sd, fp, tmp_path):
+    """Masked auto-encoders have none. With it, a look at the model would change what is trained, and a resume as well."""
+    model, _ = sd.load_model(str(TINY), 0.75, torch.device("cpu"))
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.3
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(TINY / "preprocessor_config.json", tmp_path / "model")
+    pixels, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 64)
+    for module in (sd, fp):
+        again = module.load_model(str(tmp_path / "model"), 0.75, torch.device("cpu"))[0].train()
+        assert torch.equal(again(pixels, noise=noise).loss, model.train()(pixels, noise=noise).loss)
+
+
 def test_gradients_are_those_of_two_backward_passes_with_a_live_teacher(sd, batch):
     """As in the authors' code: loss by loss, the teacher run at the step. Ours sums the losses, its teacher is a constant."""
     pixels, noise = batch
