@@ -564,8 +564,8 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
     # A classifier of other classes begins anew. In transformers 5 its keys come with both shapes.
     other_shape = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new, unused = sorted({*info["missing_keys"], *other_shape}), sorted(info["unexpected_keys"])
-    body = model.base_model_prefix + "."  # what both have: all of it must be there, but for BERT's pooler
-    if lost := [key for key in new + unused if key.startswith(body) and "pooler" not in key]:
+    body = model.base_model_prefix + "."  # what both have: all of it must be there, but what serves one of two tasks
+    if lost := [key for key in new + unused if key.startswith(body) and not re.search("pooler|mask_token|funnel.dec", key)]:
         fail(f"the weights of {source} do not fit a {model.config.model_type} of its configuration: {lost[:3]}")
     if not new and [*map(str, config.id2label.values())] != names:  # as many classes, but others
         for key, module in model.named_modules():
@@ -627,7 +627,8 @@ def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) 
         noise = noise.uniform_(-args.r3f_eps, args.r3f_eps) if args.r3f_noise == "uniform" else noise.normal_(0, args.r3f_eps)
         return embeddings.detach() + noise
 
-    with model.base_model.get_input_embeddings().register_forward_hook(noised):
+    encoder = model.base_model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    with encoder.get_input_embeddings().register_forward_hook(noised):
         q = model(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes)
     p = logits.log_softmax(dim=-1)
     return kl_div(q, p, reduction="sum", log_target=True) + kl_div(p, q, reduction="sum", log_target=True)
@@ -660,7 +661,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     text = args.dataset in TEXT_SETS or KINDS.get(Path(args.dataset).suffix.lower(), "imagefolder") != "imagefolder"
     named = args.model or (RECIPES["text" if text else "paper"] | RECIPES.get(args.dataset, {}))["model"]
-    with explain(f"cannot load model {named}", "a folder with config.json and model.safetensors works"):
+    with explain(f"cannot load model {named}", "a ViT's or a text model's folder, with its processor or tokenizer, works"):
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
         vision = config.model_type in VISION
         if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
@@ -671,15 +672,20 @@ if __name__ == "__main__":
         fail(f"--{odd[0]} is for {'texts' if vision else 'images'}, but {named} reads {'images' if vision else 'texts'}")
     if not vision:
         RECIPES["paper"] = RECIPES["text"]
-        if len(processor) > config.vocab_size or processor.pad_token_id is None:
+        vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
+        if not vocabulary // 2 <= len(processor) <= vocabulary or processor.pad_token_id is None:
             fail(f"{named}: a tokenizer of {len(processor)} tokens (padding: {processor.pad_token}) does not go with a "
-                 f"vocabulary of {config.vocab_size}, or cannot pad")  # fmt: skip
+                 f"vocabulary of {vocabulary}, or cannot pad")  # fmt: skip
+        if processor("a").keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
+            fail(f"{named} ({config.model_type}) does not read token ids and an attention mask, and nothing else")
     args, state, device, autocast, rank, world = set_up(args)
     if args.method == "recadam" and args.learning_rate * args.recadam_strength > 1:
         fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: it overshoots")
     if vision:
         size = config.image_size
-        processor.size, processor.resample = {"height": size, "width": size}, Image.Resampling.BILINEAR.value  # see decode
+        processor = transformers.ViTImageProcessor(  # which does as decode and take do, whatever else the source's did
+            size={"height": size, "width": size}, resample=Image.Resampling.BILINEAR.value,
+            image_mean=processor.image_mean, image_std=processor.image_std)  # fmt: skip
         norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
         reading = (IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
                    lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)))
@@ -718,6 +724,9 @@ if __name__ == "__main__":
     if vision:  # bf16 would round the pixels themselves, see load_model of further_pretrain_vit.py
         projection = model.base_model.embeddings.patch_embeddings.projection
         projection.forward = torch.autocast(device.type, enabled=False)(projection.forward)
+    with explain(f"{args.model} does not run on this data", "--precision fp32 or a smaller --max-length may help"):
+        longest = np.argsort([len(sample) for sample in train])[-2:]  # tried before anything is written
+        scores(model, lambda rows: inputs(train, longest[rows]), labels[longest], autocast)
     pulled = model.named_parameters() if args.method in ("recadam", "mars") else ()
     anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts
     init = parameters_to_vector(model.base_model.parameters()).detach().clone()

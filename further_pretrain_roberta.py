@@ -449,9 +449,9 @@ def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=
     """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy,
     `where` (M,), the flat positions to predict, and the batch's count of them and of texts, for each of `world` processes.
     Each takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it."""
-    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    first = [k for k in (tokenizer.cls_token_id, tokenizer.bos_token_id) if k is not None]  # XLM's texts begin with the latter
     ids, attention = pad(texts, rows, tokenizer.pad_token_id)
-    batch = {"ids": ids, "attention": attention, "start": (ids == first).argmax(1)}
+    batch = {"ids": ids, "attention": attention, "start": np.isin(ids, first).argmax(1)}
     if rng:
         batch["masked"], chosen = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
     batch = {key: upload(value[rank::world], torch.device(device)) for key, value in batch.items()}
@@ -467,13 +467,18 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with explain(f"cannot load model {source}", "a masked language model's folder with tokenizer can be given instead"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForMaskedLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False)  # fmt: skip
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, return_dict=True,
+            output_attentions=False)  # fmt: skip
+        given, vocabulary = tokenizer("a"), model.get_input_embeddings().num_embeddings
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
-    if None in (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token or tokenizer.bos_token):
+    starts = {tokenizer.cls_token_id, tokenizer.bos_token_id} & {*given["input_ids"]}
+    if None in (tokenizer.mask_token, tokenizer.pad_token) or not starts:
         fail(f"the tokenizer of {source} has no mask, padding or start token, only {', '.join(tokenizer.all_special_tokens)}")
-    if not 0.99 * model.config.vocab_size <= len(tokenizer) <= model.config.vocab_size:  # some round it up
-        fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {model.config.vocab_size}")
+    if model.config.is_encoder_decoder or given.keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
+        fail(f"{source} ({model.config.model_type}) is not an encoder of token ids and an attention mask, and of nothing else")
+    if not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:  # some round it up
+        fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {vocabulary}")
     fits = (getattr(model.config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in model.config.model_type)
     tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)  # RoBERTa has 2 that are not for tokens
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
@@ -566,8 +571,11 @@ if __name__ == "__main__":
     if 0 < n % args.batch_size < world:
         fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    plain = np.isin(np.arange(model.config.vocab_size), list(words))  # (vocabulary,): the tokens that may be masked
+    vocabulary = model.get_input_embeddings().num_embeddings
+    plain = np.isin(np.arange(vocabulary), list(words))  # (vocabulary,): the tokens that may be masked
     model.to(device).train()
+    with explain(f"{args.model} does not run on these texts", "--precision fp32 or a smaller --max-length may help"):
+        look(model, [texts[lengths.argmax()]], tokenizer, plain, 1.0, autocast)  # before anything is written
     init = parameters_to_vector(model.base_model.parameters()).detach().clone()
     start, values = state.get("step", 0), state.get("values", {})
     steps = args.epochs * -(-n // args.batch_size)  # of each round

@@ -441,8 +441,9 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        processor.size = {"height": config.image_size, "width": config.image_size}
-        processor.resample = Image.Resampling.BILINEAR.value  # as decode does
+        processor = transformers.ViTImageProcessor(  # which does as decode and take do, whatever else the source's did
+            size={"height": config.image_size, "width": config.image_size}, resample=Image.Resampling.BILINEAR.value,
+            image_mean=processor.image_mean, image_std=processor.image_std)  # fmt: skip
     if odd := {kind: sorted(map(str, keys))[:3] for kind, keys in info.items() if keys}:
         fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):

@@ -130,11 +130,13 @@ def test_compiled_encoding_is_the_same_whatever_was_asked_for_before(sd, batch, 
 def test_what_is_saved_says_how_images_were_resized(sd, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     path = tmp_path / "model/preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 3, "size": {"height": 224, "width": 224}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "resample": 3, "size": {"height": 224, "width": 224}, "do_normalize": False, "rescale_factor": 0.1}))  # fmt: skip
     _, processor = sd.load_model(str(tmp_path / "model"), 0.75, torch.device("cpu"))
     processor.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/preprocessor_config.json").read_text())
     assert (saved["resample"], saved["size"]) == (2, {"height": 64, "width": 64})  # 2: bilinear, as decode does
+    assert saved["do_normalize"] and saved["rescale_factor"] == pytest.approx(1 / 255)  # as take does
 
 
 def test_dropout_of_the_configuration_is_left_out(sd, fp, tmp_path):
