@@ -474,7 +474,8 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
     starts = {tokenizer.cls_token_id, tokenizer.bos_token_id} & {*given["input_ids"]}
     if None in (tokenizer.mask_token, tokenizer.pad_token) or not starts:
-        fail(f"the tokenizer of {source} has no mask, padding or start token, only {', '.join(tokenizer.all_special_tokens)}")
+        told = ", ".join(tokenizer.all_special_tokens)
+        fail(f"the tokenizer of {source} has no mask or padding token, or puts no start token before a text, but {told}")
     if model.config.is_encoder_decoder or given.keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
         fail(f"{source} ({model.config.model_type}) is not an encoder of token ids and an attention mask, and of nothing else")
     if not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:  # some round it up

@@ -182,6 +182,23 @@ def test_r3f_noises_the_patch_embeddings_of_images(ft, hub):
     assert seen == [(3, 64, 192)] * 2
 
 
+def test_r3f_noises_the_embeddings_of_an_encoder_with_a_decoder(ft, hub):
+    """BART holds a third table that it shares with both, and never calls."""
+    from transformers import BartConfig, BartForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    model = BartForSequenceClassification(BartConfig(vocab_size=60, **shape)).eval()
+    inputs = {"input_ids": torch.tensor([[0, 5, 6, 2], [0, 9, 8, 2]]), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)  # so that the encoder is heard through the decoder
+        logits = model(**inputs).logits
+        assert ft.r3f(model, inputs, logits, ft.Args(r3f_eps=0.0)).abs() < 1e-6
+        assert ft.r3f(model, inputs, logits, ft.Args(r3f_eps=1.0)) > 2e-5
+
+
 @pytest.mark.slow
 def test_r3f_sees_the_noise_in_a_compiled_model(ft, hub):
     """The compiler does not look whether a hook has come since: what is hooked may not be in a graph, layers alone are."""

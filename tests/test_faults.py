@@ -364,6 +364,20 @@ def floats(path):
     return path
 
 
+def bare(folder):
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ROBERTA / name, folder)
+    return folder
+
+
+def unmasked(folder):
+    shutil.copytree(ROBERTA, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids"]}))
+    return folder
+
+
 def cropped(path):
     return changed(ROBERTA, path, vocab_size=90)
 
@@ -441,6 +455,9 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "epochs for images": (F, lambda p: {"--epochs": 9}, "--epochs is for texts, but "),
     "tokenizer of another model": (F, lambda p: {"--dataset": "docstrings", "--model": cropped(p / "m")},
                                    "{p}/m: a tokenizer of 8192 tokens (padding: <pad>) does not go with a vocabulary of 90, "),
+    "no tokenizer": (F, lambda p: {"--dataset": "docstrings", "--model": bare(p / "m")}, "{p}/m: a tokenizer of "),
+    "a tokenizer without a mask of padding": (F, lambda p: {"--dataset": "docstrings", "--model": unmasked(p / "m")},
+                                              "{p}/m (roberta) does not read token ids and an attention mask, "),
     "grey model": (V, lambda p: {"--model": grey(p / "m")}, "{p}/m reads images of 1 channels: 3 are needed, RGB"),
     "grey model, fine-tuning": (F, lambda p: {"--model": grey(p / "m")}, "{p}/m reads images of 1 channels: "),
 }  # fmt: skip

@@ -40,7 +40,7 @@ def sd(script):
     return script("self_distill_roberta")
 
 
-def word_tokenizer(size=96, **special):
+def word_tokenizer(size=96, template="<s> $A </s>", **special):
     """Words w0 to w89, ids 6 up; <s> first and </s> last."""
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +48,7 @@ def word_tokenizer(size=96, **special):
     vocabulary |= {word: 6 + i for i, word in enumerate(WORDS[: size - 6])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 2)])
     names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
              "unk_token": "<unk>", "mask_token": "<mask>"} | special  # fmt: skip
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in names.items() if v})
@@ -198,6 +198,18 @@ def test_gradients_are_those_of_a_slow_version_with_a_live_teacher(sd, folders, 
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=name)
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("names", [{"cls_token": "</s>"}, {"cls_token": None}, {"bos_token": None}])
+def test_the_start_is_found_whatever_its_name(sd, names):
+    """XLM's and FlauBERT's tokenizers name the last token cls."""
+    tokenizer = word_tokenizer(**names)
+    texts = [np.array(tokenizer(text)["input_ids"]) for text in ("w1 w2 w3", "w4")]
+    padded = sd.collate(texts, [0, 1], tokenizer, "cpu")
+    assert padded["start"].tolist() == [0, 0]
+    if names.get("cls_token", "<s>") == "<s>":  # a start that is not the first
+        late = [np.array([5, 0, 7]), np.array([0, 8])]
+        assert sd.collate(late, [0, 1], tokenizer, "cpu")["start"].tolist() == [1, 0]
 
 
 def test_texts_keep_their_order_whatever_their_length(sd, folders):
@@ -397,17 +409,24 @@ def texts_file(folder, rows):
 
 
 def broken_model(folders, tmp_path, fault):
-    from transformers import GPT2Config, GPT2LMHeadModel, RobertaModel
+    import transformers as hf
 
     path = shutil.copytree(folders["roberta"], tmp_path / fault)
     if fault == "no head":
-        RobertaModel(config("roberta"), add_pooling_layer=False).save_pretrained(path)
+        hf.RobertaModel(config("roberta"), add_pooling_layer=False).save_pretrained(path)
     elif fault == "gpt2":
-        GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)).save_pretrained(path)
+        hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)).save_pretrained(path)
     elif fault == "no mask":
         word_tokenizer(mask_token=None).save_pretrained(path)
     elif fault == "no padding":
         word_tokenizer(pad_token=None).save_pretrained(path)
+    elif fault == "no start":
+        word_tokenizer(template="$A </s>").save_pretrained(path)
+    elif fault == "no attention":
+        hf.FNetForMaskedLM(hf.FNetConfig(**SHAPE, max_position_embeddings=40)).save_pretrained(path)
+        word_tokenizer(model_input_names=["input_ids", "token_type_ids"]).save_pretrained(path)
+    elif fault == "few places":  # as RoBERTa it counts from 2, but nothing in its name says so
+        hf.CamembertForMaskedLM(hf.CamembertConfig(**SHAPE, pad_token_id=1, max_position_embeddings=40)).save_pretrained(path)
     else:
         word_tokenizer(size=60).save_pretrained(path)
     return path
@@ -429,9 +448,17 @@ FAULTS = {
                 "{model} is not a masked language model with its head: no weights for lm_head.bias, ..."),
     "gpt2": (lambda t, f: ("--model", broken_model(f, t, "gpt2")), "cannot load model {model}: ..."),
     "no mask": (lambda t, f: ("--model", broken_model(f, t, "no mask")),
-                "the tokenizer of {model} has no mask, padding or start token, only <s>, </s>, <unk>, <pad>"),
+                "the tokenizer of {model} has no mask or padding token, or puts no start token before a text, but <s>, </s>, "
+                "<unk>, <pad>"),
     "no padding": (lambda t, f: ("--model", broken_model(f, t, "no padding")),
-                   "the tokenizer of {model} has no mask, padding or start token, only <s>, </s>, <unk>, <mask>"),
+                   "the tokenizer of {model} has no mask or padding token, or puts no start token before a text, but <s>, "
+                   "</s>, <unk>, <mask>"),
+    "no start": (lambda t, f: ("--model", broken_model(f, t, "no start")),
+                 "the tokenizer of {model} has no mask or padding token, or puts no start token before a text, but <s>, "
+                 "</s>, <unk>, <pad>, <mask>"),
+    "no attention": (lambda t, f: ("--model", broken_model(f, t, "no attention")),
+                     "{model} (fnet) is not an encoder of token ids and an attention mask, and of nothing else"),
+    "few places": (lambda t, f: ("--model", broken_model(f, t, "few places")), "{model} does not run on these texts: ..."),
     "vocabulary": (lambda t, f: ("--model", broken_model(f, t, "vocabulary")),
                    "{model}: a tokenizer of 60 tokens does not go with a vocabulary of 96"),
     "share": (lambda t, f: ("--mlm-probability", "0"),
