@@ -469,7 +469,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, info = AutoModelForMaskedLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, return_dict=True,
             output_attentions=False)  # fmt: skip
-        given, vocabulary = tokenizer("a"), model.get_input_embeddings().num_embeddings
+        given, vocabulary = tokenizer("a"), len(model.get_input_embeddings().weight)
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
     starts = {tokenizer.cls_token_id, tokenizer.bos_token_id} & {*given["input_ids"]}
@@ -572,7 +572,7 @@ if __name__ == "__main__":
     if 0 < n % args.batch_size < world:
         fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = len(model.get_input_embeddings().weight)
     plain = np.isin(np.arange(vocabulary), list(words))  # (vocabulary,): the tokens that may be masked
     model.to(device).train()
     with explain(f"{args.model} does not run on these texts", "--precision fp32 or a smaller --max-length may help"):
