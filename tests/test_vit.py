@@ -1,5 +1,6 @@
 """The image half: the method against slow versions written here, each script as a process, hand-offs, faults."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -58,6 +59,58 @@ def slow_reconstruction(logits, pixels, noise, patch=8):
 
 
 # ------------------------------------------------------------------------------------------------ the method
+@pytest.mark.parametrize("name", ["further_pretrain_vit", "self_distill_vit"])
+def test_what_is_around_a_cuda_graph_keeps_inputs_rate_and_schedule(script, name, monkeypatch):
+    """Without a GPU, with a graph that is played back here: what it took down is done again, with what is then in its tensors.
+    Seven steps end where they end by `update` alone. On a GPU tests/test_gpu.py does this with a real graph."""
+    module, tape, found = script(name), {}, []
+
+    def take_down(model, optimizer, scheduler, *inputs):
+        settings = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+        assert all(isinstance(rate, torch.Tensor) and rate.device == inputs[0].device and able for rate, able in settings)
+        tape.update(rates=[rate for rate, _ in settings], scheduler=scheduler, inputs=inputs, losses={})
+        tape["losses"] |= {key: torch.zeros(()) for key in ("losses/total", "losses/reconstruction", "charts/grad_norm")}
+        return tape["losses"]
+
+    class Graph:
+        def replay(self):
+            numbers = [group["lr"] for group in optimizer.param_groups]
+            for group, rate in zip(optimizer.param_groups, tape["rates"], strict=True):
+                group["lr"] = rate.item()  # what lies on the device when the graph runs
+            losses = module.update(model, optimizer, tape["scheduler"], *tape["inputs"])
+            for key, value in tape["losses"].items():
+                value.copy_(losses[key])
+            for group, number in zip(optimizer.param_groups, numbers, strict=True):
+                group["lr"] = number
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    for graphed in (False, True):
+        model, rng = tiny(module), np.random.default_rng(0)
+        args = module.Args(learning_rate=1e-3, warmup_ratio=0.4)
+        optimizer, scheduler = module.optimizer_and_schedule(model, args, 10, (0.9, 0.95))
+        step, curves = module.update, []
+        for i in range(7):
+            pixels, noise, target = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+                                     for shape in ((4, 3, 64, 64), (4, 64), (4, 192)))  # fmt: skip
+            inputs = (pixels, noise, FP32, *[target, args] * name.startswith("self"))
+            if graphed and i == 3:
+                step = module.as_cuda_graph(take_down, model, optimizer, scheduler, *inputs)
+                assert all(isinstance(g["lr"], float) and not g["capturable"] for g in optimizer.param_groups)
+            losses = step(model, optimizer, scheduler, *inputs)
+            losses["mine"] = 0  # the caller's to change
+            curves.append([losses["losses/total"].item(), losses["charts/grad_norm"].item(), scheduler.get_last_lr()])
+        assert "mine" not in tape.get("losses", {})
+        found.append((curves, {key: value.clone() for key, value in model.state_dict().items()}))
+    (eager, weights), (replayed, others) = found
+    assert [rates for *_, rates in eager] == [rates for *_, rates in replayed] and len({rates[0] for *_, rates in eager}) > 5
+    for (*one, _), (*two, _) in zip(eager, replayed, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)  # the rate on the device has 24 bits
+    for key in weights:
+        if not key.endswith(("k_proj.bias", "key.bias")):  # softmax does not see it: its gradient is what rounding leaves of 0
+            torch.testing.assert_close(weights[key], others[key], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["further_pretrain_vit", "self_distill_vit"])
 def test_the_projection_as_one_product_is_the_librarys_convolution(script, name):
     """Output and gradients, on noise, where a shuffled patch would show."""
