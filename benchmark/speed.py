@@ -178,7 +178,7 @@ def with_graph(args: Args, module, *constant) -> Callable:
         nonlocal step, taken
         inputs = [*constant[:3], *changing[:2], constant[3], *changing[2:], *constant[4:]]
         taken += 1
-        if args.device == "cuda" and taken == 4:
+        if args.device == "cuda" and taken > 3 and step is module.update and not eager:
             step = module.as_cuda_graph(module.update, *inputs)
         (module.update if eager else step)(*inputs)
 
@@ -646,24 +646,31 @@ def gains(args: Args) -> dict:
     optimizer, scheduler = sd.optimizer_and_schedule(model, flags, 10**6, (0.9, 0.95))
     plain, target = plain_adamw(model, 1e-4, (0.9, 0.95)), torch.randn(batch, 768, device=dev)
 
-    def images(optimizer=optimizer, live: bool = False, autocast=autocast) -> int:
-        pixels = torch.randn(batch, 3, 224, 224, device=dev)
-        noise = torch.rand(batch, 196, device=dev)
-        with torch.no_grad(), autocast:
-            cls = sd.encode(teacher.vit, pixels) if live else target
-        sd.update(model, optimizer, scheduler, pixels, noise, autocast, cls, flags)
-        return batch
+    def images(optimizer=optimizer, live: bool = False, autocast=autocast, eager: bool = not gpu) -> Callable:
+        one_step = with_graph(args, sd, model, optimizer, scheduler, autocast, flags)
+
+        def step() -> int:
+            pixels = torch.randn(batch, 3, 224, 224, device=dev)
+            noise = torch.rand(batch, 196, device=dev)
+            with torch.no_grad(), autocast:
+                cls = sd.encode(teacher.vit, pixels) if live else target
+            one_step(pixels, noise, cls, eager=eager)
+            return batch
+
+        return step
 
     def full(vit, pixels, representation="cls"):
         return whole_cls(model if vit is model.vit else teacher, pixels)
 
     switches(ours=True)
-    found["vit-b/16"] = compare(args, without(images, model), {
-        "without the teacher's vectors kept": without(partial(images, live=True), model),
-        "without sparing the last layer's MLP": without(images, model, encode=(sd, full)),
-        "without SDPA attention": without(images, model, attention="eager"),
-        "without fused AdamW": without(partial(images, optimizer=plain), model)}
-        | ({"without bf16, but TF32": without(partial(images, autocast=fp32), model)} if gpu else {}))  # fmt: skip
+    found["vit-b/16"] = compare(args, without(images(), model), {
+        "without the teacher's vectors kept": without(images(live=True), model),
+        "without sparing the last layer's MLP": without(images(), model, encode=(sd, full)),
+        "without SDPA attention": without(images(), model, attention="eager")}
+        | ({"without the graph": without(images(eager=True), model),
+            "without the graph and fused AdamW": without(images(plain, eager=True), model),
+            "without bf16, but TF32": without(images(autocast=fp32), model)} if gpu else
+           {"without fused AdamW": without(images(plain), model)}))  # fmt: skip
 
     td, batch, config = script("self_distill_roberta"), args.text_batch, BASE()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny")
