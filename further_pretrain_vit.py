@@ -463,6 +463,30 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
     return model.float().to(device), processor  # fp32, whatever precision the file is in
 
 
+def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Callable:
+    """The same `update`, given to the GPU as one graph: handing it a step's 2,900 small pieces of work one by one takes a CPU
+    longer than the work itself. It must have run before. What it returns, the next step overwrites."""
+    rate, graph = torch.zeros((), device=inputs[0].device), torch.cuda.CUDAGraph()
+    last = scheduler.get_last_lr()[0]
+    for group in optimizer.param_groups:  # a number would stay what it is now
+        group.update(lr=rate, capturable=True)
+    with torch.cuda.graph(graph):  # which only takes down what is to be done
+        losses = update(model, optimizer, SimpleNamespace(step=lambda: None), *inputs)
+    for group in optimizer.param_groups:  # in a checkpoint there are numbers
+        group.update(lr=last, capturable=False)
+
+    def replay(model, optimizer, scheduler, *new) -> dict[str, torch.Tensor]:
+        for held, value in zip(inputs, new, strict=True):
+            if isinstance(held, torch.Tensor):
+                held.copy_(value)
+        rate.fill_(scheduler.get_last_lr()[0])
+        graph.replay()
+        scheduler.step()
+        return dict(losses)
+
+    return replay
+
+
 # ------------------------------------------------------------------------------------------------ looking at the model
 def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
     """CLS vectors (B, D) after the final layernorm of whole images. Or the patches' mean. The patches with the largest noise
@@ -521,30 +545,6 @@ def update(model, optimizer, scheduler, pixels, noise, autocast) -> dict[str, to
     scheduler.step()
     optimizer.zero_grad()
     return {key: value.detach() for key, value in losses.items()}
-
-
-def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Callable:
-    """The same `update`, given to the GPU as one graph: handing it a step's 2,900 small pieces of work one by one takes a CPU
-    longer than the work itself. It must have run before. What it returns, the next step overwrites."""
-    rate, graph = torch.zeros((), device=inputs[0].device), torch.cuda.CUDAGraph()
-    last = scheduler.get_last_lr()[0]
-    for group in optimizer.param_groups:  # a number would stay what it is now
-        group.update(lr=rate, capturable=True)
-    with torch.cuda.graph(graph):  # which only takes down what is to be done
-        losses = update(model, optimizer, SimpleNamespace(step=lambda: None), *inputs)
-    for group in optimizer.param_groups:  # in a checkpoint there are numbers
-        group.update(lr=last, capturable=False)
-
-    def replay(model, optimizer, scheduler, *new) -> dict[str, torch.Tensor]:
-        for held, value in zip(inputs, new, strict=True):
-            if isinstance(held, torch.Tensor):
-                held.copy_(value)
-        rate.fill_(scheduler.get_last_lr()[0])
-        graph.replay()
-        scheduler.step()
-        return dict(losses)
-
-    return replay
 
 
 if __name__ == "__main__":
