@@ -665,8 +665,8 @@ if __name__ == "__main__":
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
         vision = config.model_type in VISION
         if args.dataset in (TEXT_SETS if vision else IMAGE_SETS):
-            reads = "images" if vision else "texts"
-            fail(f"{named} is a {config.model_type} model and reads {reads}: {args.dataset} has none")
+            reads = "reads images" if vision else f"is taken to read texts ({' and '.join(VISION)} read images)"
+            fail(f"{named}, a {config.model_type} model, {reads}: {args.dataset} has none")
         processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(named, trust_remote_code=False)
     if odd := [key for key in (("epochs",) if vision else ("steps", "flip")) if getattr(args, key) is not None]:
         fail(f"--{odd[0]} is for {'texts' if vision else 'images'}, but {named} reads {'images' if vision else 'texts'}")

@@ -441,7 +441,7 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "teacher of the other kind": (R, lambda p: {"--teacher": VIT}, "cannot load model "),
     "texts model for images": (V, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model: a vit_mae one"),
     "images model for texts": (R, lambda p: {"--model": VIT}, "cannot load model {VIT}: "),
-    "digits for a text model": (F, lambda p: {"--model": ROBERTA}, "{ROBERTA} is a roberta model and reads texts: "),
+    "digits for a text model": (F, lambda p: {"--model": ROBERTA}, "{ROBERTA}, a roberta model, is taken to read texts ("),
     "device": (R, lambda p: {"--device": "cuda:99"}, "--device cuda:99 is not to be had here: "),
     "overshoot": (F, lambda p: {"--method": "recadam", "--recadam-strength": 1e4}, "--recadam-strength 10000.0 times"),
     "unlabelled": (F, lambda p: {"--dataset": csv(p / "d.csv", "text\nx\ny\n"), "--model": ROBERTA},

@@ -619,7 +619,7 @@ BAD = {
     "no weights": ("self_distill_vit", lambda p: ("--model", no_weights(p / "m")), "cannot load model {p}/m: "),
     "bert": ("further_pretrain_vit", lambda p: ("--model", another_model(p / "m")), "{p}/m is a bert model: a vit_mae one"),
     "bert to finetune": ("finetune", lambda p: ("--model", another_model(p / "m")),
-                         "{p}/m is a bert model and reads texts: mnist5k has none"),
+                         "{p}/m, a bert model, is taken to read texts (vit_mae and vit read images): mnist5k has none"),
     "teacher's shape": ("self_distill_vit", lambda p: ("--teacher", folder_model(p / "m")),
                         "--teacher {p}/m has another shape than --model"),
     "patch size": ("further_pretrain_vit", lambda p: ("--model", uneven(p / "m")),
