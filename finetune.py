@@ -147,7 +147,7 @@ class Args:
     label_column: str | None = None
     """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
     debug: bool = False
-    """show the whole traceback of an error instead of one line"""
+    """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of fine-tuning
     method: Literal["finetune", "recadam", "mars", "r3f"] = "finetune"
     """plain fine-tuning or one of the paper's baselines, see below"""

@@ -119,7 +119,7 @@ class Args:
     label_column: str | None = None
     """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
     debug: bool = False
-    """show the whole traceback of an error instead of one line"""
+    """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of masked language modelling
     epochs: int | None = None
     """passes over the texts, in each round if there are several; default by dataset: 100 in the paper"""

@@ -121,7 +121,7 @@ class Args:
     label_column: str | None = None
     """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
     debug: bool = False
-    """show the whole traceback of an error instead of one line"""
+    """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of masked auto-encoding
     steps: int | None = None
     """optimizer steps of each round; default by dataset: 20,000 in the paper"""
@@ -618,7 +618,7 @@ if __name__ == "__main__":
             [layer.compile() for layer in layers]
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
     new = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # those before mask nothing, slowly, in a graph
-    graphed = device.type == "cuda" and world == 1 and new
+    graphed = device.type == "cuda" and world == 1 and new and not args.debug
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
     for step in bar:
