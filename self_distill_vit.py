@@ -643,12 +643,12 @@ if __name__ == "__main__":
                 part.load_state_dict(state[name])
         rows = order[i][rank::world]
         noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
-        noise, pixels = upload(noise, device), take(images, rows, norm, size)
         target = teacher_vectors[upload(rows, device)] if t > 0 else None
+        inputs = take(images, rows, norm, size), upload(noise, device), autocast, target, args
         rate = scheduler.get_last_lr()[0]
         if graphed and min(i, step - start) == 3:  # three steps have set up what a graph cannot
-            one_step = as_cuda_graph(update, parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
-        losses = one_step(parallel, optimizer, scheduler, pixels, noise, autocast, target, args)
+            one_step = as_cuda_graph(update, parallel, optimizer, scheduler, *inputs)
+        losses = one_step(parallel, optimizer, scheduler, *inputs)
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where we wait for the GPU
