@@ -81,7 +81,7 @@ METRICS = {"chemprot": "micro_f1", "docstrings": "accuracy"}  # what papers repo
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 10_000, "batch_size": 32, "learning_rate": 1e-4, "warmup_ratio": 0.05,
               "flip": True, "recadam_strength": 5000, "recadam_midpoint": 250,
-              "save_every": 2500, "eval_every": 1000, "log_every": 100},
+              "save_every": 5000, "eval_every": 1000, "log_every": 100},
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 200, "learning_rate": 5e-4, "flip": False,
                 "max_train_samples": 200, "recadam_strength": 500, "recadam_midpoint": 8,
                 "save_every": 50, "eval_every": 50, "log_every": 10},

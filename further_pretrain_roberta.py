@@ -59,7 +59,7 @@ NAMES = list(TEXT_SETS)
 # on the embedded docstrings a small run for a CPU (5e-4: ours, not tuned).
 RECIPES = {
     "paper": {"model": "FacebookAI/roberta-base", "epochs": 100, "batch_size": 128, "learning_rate": 1e-4,
-              "warmup_ratio": 0.06, "save_every": 1000, "eval_every": 500, "log_every": 50},
+              "warmup_ratio": 0.06, "save_every": 2000, "eval_every": 500, "log_every": 50},
     "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "epochs": 3, "batch_size": 32,
                    "learning_rate": 5e-4, "save_every": 100, "eval_every": 160, "log_every": 10},
 }  # fmt: skip
