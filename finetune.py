@@ -127,7 +127,7 @@ class Args:
     compile: bool = False
     """compile the layers, which takes half a minute and a C compiler: images 1.2 times as fast on an H100, on a CPU slower"""
     batch_size: int | None = None
-    """samples an optimizer step; default by dataset"""
+    """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
     """peak, falling linearly to 0; default by dataset"""
     weight_decay: float = 0.01
@@ -141,11 +141,11 @@ class Args:
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
-    """use this many samples of the train split, stratified by labels; default all, but few of embedded sets in finetune.py"""
+    """samples of the train split to use, stratified by labels; default all (finetune.py on embedded sets: a few hundred)"""
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
-    """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    """column of the labels, in pre-training for the k-NN probe and to leave out a test tenth; default by usual names"""
     debug: bool = False
     """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of fine-tuning
@@ -173,9 +173,9 @@ class Args:
     recadam_midpoint: int | None = None
     """t0, the step at which the two weigh the same; default by dataset: 250 in theirs"""
     mars_gamma: float = 7.4
-    """radius of each weight matrix; their search went from 1.6 to 33 and this is the middle on its scale"""
+    """radius of each row of a weight matrix; their search went from 1.6 to 33 and this is the middle on its log scale"""
     mars_head_gamma: float = 7.4
-    """radius of the new layer's"""
+    """the same for the new layer"""
     r3f_lambda: float = 1.0
     """weight of the divergence"""
     r3f_eps: float = 1e-5
@@ -195,7 +195,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def interrupt(*_) -> NoReturn:
-    """Ctrl-C before the first step: all at once, since an exception could wait for ever for the processes that decode."""
+    """Ctrl-C before the first step: end all processes at once, as an exception could wait for ever for those that decode."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -215,7 +215,7 @@ def explain(what: str, hint: str) -> Iterator[None]:
 
 
 def refuse_another(began: dict, args: Args) -> None:
-    """Go on with a run of this script and of these arguments alone, but for what does no harm."""
+    """Fail unless `began` is a run of this script with the same arguments, HARMLESS ones aside."""
     if began.get("stage") != SCRIPT.stem:
         fail(f"{args.run_dir} is a run of {began.get('stage')}, not of {SCRIPT.stem}: give another --run-dir")
     for key, new in asdict(args).items():
@@ -224,7 +224,7 @@ def refuse_another(began: dict, args: Args) -> None:
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
+    """Fill what was left open from the data set's recipe; refuse, before anything is written, what cannot run."""
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
@@ -237,9 +237,9 @@ def resolve(args: Args) -> Args:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = {path.name for path in run_dir.glob("*")}
-    ours = ("events.out.", "round_", "resume.pt", "metrics.json", *["model"] * bool(held & {"resume.pt", "metrics.json"}))
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
-        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
+        fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
         refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
@@ -290,11 +290,11 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, save: Callable) -> None:
-    """The file or folder that save(path) makes (checkpoint, model, metrics), whole at any time, whenever a kill comes."""
+    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never a half one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save(temporary)
-        for file in [path for path in temporary.rglob("*") if path.is_file()] or [temporary]:
+        for file in [part for part in temporary.rglob("*") if part.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
         shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
@@ -422,12 +422,6 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
     return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
 
 
-def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask of some rows, (B, L) each, L the longest of them; 1 is a token, 0 is padding."""
-    ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], batch_first=True, padding_value=-1).numpy()
-    return np.where(ids < 0, pad_id, ids), (ids >= 0).astype(np.int64)
-
-
 def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
     """Row numbers of each batch of round t: every row once an epoch, in random order, but texts of similar length together."""
     n, rest, batches = len(lengths), len(lengths) % args.batch_size, []
@@ -498,14 +492,14 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
+        labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
         kind = str(getattr(part.features.get(label), "dtype", "list"))
         kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
         if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
-            print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
-                  "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
+            print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
+                  f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
         present = set(labels)
@@ -522,7 +516,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         number = {key: i for i, key in enumerate(names)}
-        data[split] = [samples[i] for i in kept], np.array([number[labels[i]] for i in kept]) if label else None
+        data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
     if not (known or "test" in parts or names):
         print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
     elif not (known or "test" in parts) and ("test" in splits or np.unique(data["train"][1], return_counts=True)[1].min() > 1):
@@ -546,7 +540,7 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
 
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str, config, names: list[str], dropout: float) -> tuple[PreTrainedModel, str, list[str]]:
-    """The encoder of `source` under a new classifier, in fp32; a line on what was loaded, is new, or was left out; the new."""
+    """The encoder of `source` under a new classifier, in fp32; a line on what was loaded, is new, was left out; new names."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": None}
     with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors works"):
         if config.model_type in VISION:
@@ -636,7 +630,7 @@ def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) 
 
 def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step, count, args) -> dict[str, torch.Tensor]:
     """One step of fine-tuning. inputs: pixels (B, 3, H, W), or token ids and attention mask (B, L) each; targets: (B,) class
-    numbers; anchors: (weights, their start, whether they are new) each; count: of samples, on all processes, for each."""
+    numbers; anchors: (weights, their start, whether they are new) each; count: samples of the whole batch / processes."""
     losses, before = {}, [p.detach().clone() for p, _, _ in anchors] if args.method == "recadam" else []
     with autocast:
         logits = model(**inputs).logits.float()
@@ -698,12 +692,12 @@ if __name__ == "__main__":
     with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
         data, names = load_data(args, *reading, ("train", "test"))
     if len(names) < 2 or "test" not in data or any(labels is None for _, labels in data.values()):
-        fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, test "
-             "as well: name their column by --label-column, or sort images into a folder for each class")  # fmt: skip
+        fail(f"{args.dataset} has {len(names)} classes: fine-tuning needs labels of at least two, in train "
+             "and in test: name their column by --label-column, or sort images into a folder for each class")  # fmt: skip
     model, report, new = load_model(args.model, config, names, args.dropout)
     if args.validate:
         data["train"], data["test"] = split_rows(*data["train"])
-    split, (train, labels), (test, test_labels) = "eval" if args.validate else "test", data["train"], data["test"]
+    split, (train, labels), (test, test_labels) = ("eval" if args.validate else "test"), data["train"], data["test"]
     n, kind = len(train), "image" if vision else "text"
     metric = METRICS.get(args.dataset, "accuracy" if vision else "macro_f1")
     if vision and device.type == "cuda" and n * train[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # keep it there
@@ -717,8 +711,9 @@ if __name__ == "__main__":
     def inputs(samples, rows: np.ndarray) -> dict[str, torch.Tensor]:
         if vision:
             return {"pixel_values": take(samples, rows, norm, size)}
-        ids, attention = (upload(x, device) for x in pad(samples, rows, processor.pad_token_id))
-        return {"input_ids": ids, "attention_mask": attention}
+        ids = pad_sequence([torch.from_numpy(samples[i]) for i in rows], True, processor.pad_token_id).numpy()  # (B, longest)
+        attention = (np.arange(ids.shape[1]) < [[len(samples[i])] for i in rows]).astype(np.int64)  # 1: a token, 0: padding
+        return {"input_ids": upload(ids, device), "attention_mask": upload(attention, device)}
 
     model.to(device).train()
     if vision:  # bf16 would round the pixels themselves, see load_model of further_pretrain_vit.py
@@ -737,12 +732,12 @@ if __name__ == "__main__":
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=True)
-            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
+            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{''.join(c for c in report if c.isprintable())}")
         print(f"{n:,} {kind}s for training, {len(test):,} for {split}, {len(names)} classes, {device}")
 
-    stop = []  # a signal that came in: finish the step, save, leave
+    stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
                                                  rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
@@ -751,8 +746,8 @@ if __name__ == "__main__":
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
-        for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
-            [layer.compile() for layer in layers]
+        for layer in [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]:
+            layer.compile()
     # Each process takes every world-th row of a batch. Some text models have weights that no loss reaches.
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=not vision) if world > 1 else model
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption

@@ -98,7 +98,7 @@ class Args:
     compile: bool = False
     """compile the layers, which takes half a minute and a C compiler: images 1.2 times as fast on an H100, on a CPU slower"""
     batch_size: int | None = None
-    """samples an optimizer step; default by dataset"""
+    """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
     """peak, falling linearly to 0; default by dataset"""
     weight_decay: float = 0.01
@@ -112,11 +112,11 @@ class Args:
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
-    """use this many samples of the train split, stratified by labels; default all, but few of embedded sets in finetune.py"""
+    """samples of the train split to use, stratified by labels; default all (finetune.py on embedded sets: a few hundred)"""
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
-    """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    """column of the labels, in pre-training for the k-NN probe and to leave out a test tenth; default by usual names"""
     debug: bool = False
     """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of masked language modelling
@@ -139,7 +139,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def interrupt(*_) -> NoReturn:
-    """Ctrl-C before the first step: all at once, since an exception could wait for ever for the processes that decode."""
+    """Ctrl-C before the first step: end all processes at once, as an exception could wait for ever for those that decode."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -159,7 +159,7 @@ def explain(what: str, hint: str) -> Iterator[None]:
 
 
 def refuse_another(began: dict, args: Args) -> None:
-    """Go on with a run of this script and of these arguments alone, but for what does no harm."""
+    """Fail unless `began` is a run of this script with the same arguments, HARMLESS ones aside."""
     if began.get("stage") != SCRIPT.stem:
         fail(f"{args.run_dir} is a run of {began.get('stage')}, not of {SCRIPT.stem}: give another --run-dir")
     for key, new in asdict(args).items():
@@ -168,7 +168,7 @@ def refuse_another(began: dict, args: Args) -> None:
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
+    """Fill what was left open from the data set's recipe; refuse, before anything is written, what cannot run."""
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
@@ -181,9 +181,9 @@ def resolve(args: Args) -> Args:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = {path.name for path in run_dir.glob("*")}
-    ours = ("events.out.", "round_", "resume.pt", "metrics.json", *["model"] * bool(held & {"resume.pt", "metrics.json"}))
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
-        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
+        fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
         refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
@@ -234,11 +234,11 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, save: Callable) -> None:
-    """The file or folder that save(path) makes (checkpoint, model, metrics), whole at any time, whenever a kill comes."""
+    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never a half one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save(temporary)
-        for file in [path for path in temporary.rglob("*") if path.is_file()] or [temporary]:
+        for file in [part for part in temporary.rglob("*") if part.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
         shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
@@ -371,14 +371,14 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
+        labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
         kind = str(getattr(part.features.get(label), "dtype", "list"))
         kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
         if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
-            print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
-                  "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
+            print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
+                  f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
         present = set(labels)
@@ -395,7 +395,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         number = {key: i for i, key in enumerate(names)}
-        data[split] = [samples[i] for i in kept], np.array([number[labels[i]] for i in kept]) if label else None
+        data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
     if not (known or "test" in parts or names):
         print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
     elif not (known or "test" in parts) and ("test" in splits or np.unique(data["train"][1], return_counts=True)[1].min() > 1):
@@ -415,12 +415,6 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
-
-
-def pad(texts: list[np.ndarray], rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask of some rows, (B, L) each, L the longest of them; 1 is a token, 0 is padding."""
-    ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], batch_first=True, padding_value=-1).numpy()
-    return np.where(ids < 0, pad_id, ids), (ids >= 0).astype(np.int64)
 
 
 def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
@@ -447,10 +441,11 @@ def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng
 
 def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None, rank=0, world=1) -> dict:
     """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy,
-    `where` (M,), the flat positions to predict, and the batch's count of them and of texts, for each of `world` processes.
+    `where` (M,), the flat positions to predict; tokens, texts: how many the whole batch has of them, divided by `world`.
     Each takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it."""
     first = [k for k in (tokenizer.cls_token_id, tokenizer.bos_token_id) if k is not None]  # XLM's texts begin with the latter
-    ids, attention = pad(texts, rows, tokenizer.pad_token_id)
+    ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], True, tokenizer.pad_token_id).numpy()  # (B, L)
+    attention = (np.arange(ids.shape[1]) < [[len(texts[i])] for i in rows]).astype(np.int64)  # 1: a token, 0: padding
     batch = {"ids": ids, "attention": attention, "start": np.isin(ids, first).argmax(1)}
     if rng:
         batch["masked"], chosen = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
@@ -509,7 +504,7 @@ def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representatio
 
 @torch.no_grad()
 def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, representation: str = "cls") -> torch.Tensor:
-    """Their vectors, (N, D), in eval mode."""
+    """Vectors (N, D) of all texts, in eval mode."""
     model.eval()
     order = np.argsort([len(ids) for ids in texts], kind="stable")
     parts = np.split(order, range(128, len(order), 128))
@@ -521,7 +516,7 @@ def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, represe
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
     """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), of every s-th sample,
-    s times N at least all, since rows may be sorted by class; labels: of all."""
+    s being labels / N rounded up (rows may be sorted by class); labels: of all."""
     y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
     vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
@@ -567,7 +562,7 @@ if __name__ == "__main__":
         data, names = load_data(
             args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
             partial(tokenize_all, tokenizer=tokenizer, length=args.max_length), ("train",))  # fmt: skip
-    texts, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
+    texts, labels = data["train"]  # pre-training sees the train split alone, and labels in its probe alone
     n, lengths = len(texts), np.array([len(ids) for ids in texts])
     if 0 < n % args.batch_size < world:
         fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
@@ -587,12 +582,12 @@ if __name__ == "__main__":
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=True)
-            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
+            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, {model.num_parameters():,} weights, "
               f"{device}" + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
 
-    stop = []  # a signal that came in: finish the step, save, leave
+    stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
                                                  rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
@@ -608,8 +603,8 @@ if __name__ == "__main__":
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
-        for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
-            [layer.compile() for layer in layers]
+        for layer in [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]:
+            layer.compile()
     # Each process takes every world-th row of a batch. Some models have weights that no loss reaches.
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption

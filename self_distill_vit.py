@@ -4,7 +4,7 @@
 
 Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a
 ViT-MAE further on the target images. Each further round takes the last model as teacher, and trains the *original* weights
-again, on masked auto-encoding plus the distance of their CLS vector to the teacher's on the whole image.
+again, on masked auto-encoding plus the distance between their and the teacher's CLS vectors of the whole image.
 
     python self_distill_vit.py                           # 4,000 digits, a tiny ViT, no download: two to three minutes on a CPU
     python self_distill_vit.py --dataset cub --rounds 2  # the paper's recipe: ViT-B/16, 20,000 steps a round, on a GPU
@@ -101,7 +101,7 @@ class Args:
     compile: bool = False
     """compile the layers, which takes half a minute and a C compiler: images 1.2 times as fast on an H100, on a CPU slower"""
     batch_size: int | None = None
-    """samples an optimizer step; default by dataset"""
+    """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
     """peak, falling linearly to 0; default by dataset"""
     weight_decay: float = 0.01
@@ -115,11 +115,11 @@ class Args:
     log_every: int | None = None
     """steps between two points of the curves in TensorBoard; default by dataset"""
     max_train_samples: int | None = None
-    """use this many samples of the train split, stratified by labels; default all, but few of embedded sets in finetune.py"""
+    """samples of the train split to use, stratified by labels; default all (finetune.py on embedded sets: a few hundred)"""
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
-    """column of the labels, which pre-training uses for its k-NN probe alone; default by usual names"""
+    """column of the labels, in pre-training for the k-NN probe and to leave out a test tenth; default by usual names"""
     debug: bool = False
     """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of masked auto-encoding
@@ -153,7 +153,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def interrupt(*_) -> NoReturn:
-    """Ctrl-C before the first step: all at once, since an exception could wait for ever for the processes that decode."""
+    """Ctrl-C before the first step: end all processes at once, as an exception could wait for ever for those that decode."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -173,7 +173,7 @@ def explain(what: str, hint: str) -> Iterator[None]:
 
 
 def refuse_another(began: dict, args: Args) -> None:
-    """Go on with a run of this script and of these arguments alone, but for what does no harm."""
+    """Fail unless `began` is a run of this script with the same arguments, HARMLESS ones aside."""
     if began.get("stage") != SCRIPT.stem:
         fail(f"{args.run_dir} is a run of {began.get('stage')}, not of {SCRIPT.stem}: give another --run-dir")
     for key, new in asdict(args).items():
@@ -182,7 +182,7 @@ def refuse_another(began: dict, args: Args) -> None:
 
 
 def resolve(args: Args) -> Args:
-    """Fill what was left open from the data set's recipe, and refuse what cannot run before anything is written."""
+    """Fill what was left open from the data set's recipe; refuse, before anything is written, what cannot run."""
     recipe = RECIPES["paper"] | RECIPES.get(args.dataset, {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     for key, value in asdict(args).items():
@@ -195,9 +195,9 @@ def resolve(args: Args) -> Args:
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = {path.name for path in run_dir.glob("*")}
-    ours = ("events.out.", "round_", "resume.pt", "metrics.json", *["model"] * bool(held & {"resume.pt", "metrics.json"}))
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
-        fail(f"{run_dir} is not a run of this script: give the --run-dir that is to be resumed")
+        fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
         refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
@@ -248,11 +248,11 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, save: Callable) -> None:
-    """The file or folder that save(path) makes (checkpoint, model, metrics), whole at any time, whenever a kill comes."""
+    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never a half one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save(temporary)
-        for file in [path for path in temporary.rglob("*") if path.is_file()] or [temporary]:
+        for file in [part for part in temporary.rglob("*") if part.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
         shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
@@ -396,14 +396,14 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
-        labels, order = list(part[label]) if label else [], getattr(part.features.get(label), "names", [])
+        labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
         kind = str(getattr(part.features.get(label), "dtype", "list"))
         kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
         if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
-            print(f"{name}: {labels.count(None)} rows of {split} have no label, or {label}, of type {kind}, is not a class "
-                  "(one string or integer a row): it is taken as unlabelled")  # fmt: skip
+            print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
+                  f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
             label, labels = None, []
         labels = [str(value) for value in labels]
         present = set(labels)
@@ -420,7 +420,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if len(kept) < len(samples):
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         number = {key: i for i, key in enumerate(names)}
-        data[split] = [samples[i] for i in kept], np.array([number[labels[i]] for i in kept]) if label else None
+        data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
     if not (known or "test" in parts or names):
         print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
     elif not (known or "test" in parts) and ("test" in splits or np.unique(data["train"][1], return_counts=True)[1].min() > 1):
@@ -466,7 +466,7 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         table.requires_grad_(False)  # fixed sine-cosine tables, which from_pretrained of transformers 5 leaves trainable
     projection, side = model.vit.embeddings.patch_embeddings.projection, config.image_size // config.patch_size
 
-    # bf16 would round the pixels themselves: on the digits, to a gradient that is wrong by its own length. 4 % without that.
+    # bf16 would round the pixels themselves, which on the digits changes the gradient by its own length; this way by 4 %.
     @torch.autocast(device.type, enabled=False)
     def project(pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, which a GPU does sooner
         patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (B, 3, side, patch, side, patch)
@@ -503,22 +503,22 @@ def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Cal
 
 # ------------------------------------------------------------------------------------------------ looking at the model
 def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
-    """CLS vectors (B, D) after the final layernorm of whole images. Or the patches' mean. The patches with the largest noise
-    are hidden, and shuffled by it: with a ratio of 0 and rising noise none is, and they stay in order."""
-    order = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
+    """CLS vectors (B, D) of whole images after the final layernorm, or the patches' mean. The model sorts patches by noise and
+    hides the last: with a ratio of 0 and rising noise none is hidden, and all stay in order."""
+    rising = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
     last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
     keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
     # Not if compiled: the last layer then shares its graph with those before it.
     with last.register_forward_pre_hook(lambda _, x: x if torch.compiler.is_compiling() else (x[0][:, :keep],)):
-        hidden = vit(pixels, noise=order).last_hidden_state  # (B, 1 + patches, D), of which only what is read is right
+        hidden = vit(pixels, noise=rising).last_hidden_state  # (B, 1 + patches, D); the last sum broadcasts: read `keep` alone
     vit.config.mask_ratio = ratio
     return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
 
 
 @torch.no_grad()
 def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
-    """Their vectors, (N, D), in eval mode."""
+    """Vectors (N, D) of all images, in eval mode."""
     vit.eval()
     batches = [np.arange(i, min(i + 128, len(images))) for i in range(0, len(images), 128)]
     with autocast:
@@ -529,7 +529,7 @@ def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, represe
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
     """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), of every s-th sample,
-    s times N at least all, since rows may be sorted by class; labels: of all."""
+    s being labels / N rounded up (rows may be sorted by class); labels: of all."""
     y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
     vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
@@ -549,8 +549,8 @@ def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tens
 
 # ------------------------------------------------------------------------------------------------ THE METHOD
 def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_vectors, args) -> dict[str, torch.Tensor]:
-    """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches), whose largest 75 % are the hidden patches;
-    teacher_vectors: (B, D), the teacher's CLS vectors of the same whole images; None in round 0, which is Algorithm 2."""
+    """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches): the largest, --mask-ratio of them, hide;
+    teacher_vectors: (B, D), the teacher's vectors of the same whole images; None in round 0, which is Algorithm 2."""
     vit = getattr(model, "module", model).vit  # DistributedDataParallel wraps the model
     with autocast:
         reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
@@ -581,7 +581,7 @@ if __name__ == "__main__":
             args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
             lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)), ("train",)
         )  # fmt: skip
-    images, labels = data["train"]  # pre-training sees the train split alone; labels are for the probe
+    images, labels = data["train"]  # pre-training sees the train split alone, and labels in its probe alone
     n = len(images)
     if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
         images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
@@ -590,7 +590,7 @@ if __name__ == "__main__":
     original = {key: value.clone() for key, value in model.state_dict().items()}  # where every round's student starts anew
     init = parameters_to_vector(model.vit.parameters()).detach().clone()
     start, values = state.get("step", 0), state.get("values", {})
-    first_round = 1 if args.teacher else 0  # the first round: round 0 is further pre-training
+    first_round = 1 if args.teacher else 0  # round 0, further pre-training, is what --teacher replaces
     total_steps = (args.rounds + 1 - first_round) * args.steps
     run_dir = Path(args.run_dir)
     if state and state["n"] != n:
@@ -598,12 +598,12 @@ if __name__ == "__main__":
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=True)
-            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # what a cut-off run logged after its checkpoint
+            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{n:,} images, {model.num_parameters():,} weights, {device}"
               + " (a small run: real digits and a tiny model)" * (args.dataset == "mnist5k"))  # fmt: skip
 
-    stop = []  # a signal that came in: finish the step, save, leave
+    stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
                                                  rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
@@ -611,21 +611,21 @@ if __name__ == "__main__":
     fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:: -(-n // KNN_IMAGES)]  # in pictures; by the probe
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
-    if state:  # of the round that was cut off, or of the last one, if only its last words were missing
+    if state:  # for a run without a step left, cut off between its last checkpoint and metrics.json; the loop loads its own
         model.load_state_dict(state["model"])
     if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
-        for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
-            [layer.compile() for layer in layers]
+        for layer in [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]:
+            layer.compile()
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
-    new = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # those before mask nothing, slowly, in a graph
-    graphed = device.type == "cuda" and world == 1 and new and not args.debug
+    recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask, no graph takes it
+    graphed = device.type == "cuda" and world == 1 and recent and not args.debug
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
     for step in bar:
         t, i = first_round + step // args.steps, step % args.steps  # step i of round t
         if i == 0 or step == start:
             if t > first_round:
-                with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # which has saved it
+                with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # rank 0, which saved it, first
                     teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio, device)[0]
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
                 teacher_vectors = encode_all(teacher.vit, images, norm, autocast, args.representation)  # (N, D)
@@ -674,7 +674,7 @@ if __name__ == "__main__":
             state |= {"stage": SCRIPT.stem, "seconds": time.time() - clock, "values": values}
             writer.flush()  # the curves up to here are on disk before the checkpoint is
             write(run_dir / "resume.pt", partial(torch.save, state))
-            state = {"seconds": state["seconds"], "step": done}  # not a round's moments through the next round
+            state = {"seconds": state["seconds"], "step": done}  # frees a round's moments while the next one trains
         if save and stopping:
             if world > 1:
                 torch.distributed.barrier()  # until rank 0 has saved: torchrun ends all when one fails

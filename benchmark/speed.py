@@ -520,9 +520,7 @@ def text_steps(args: Args, config: RobertaConfig, batch: int, distil: bool, rate
         loss = students[1](input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         loss = cross_entropy(loss.flatten(0, 1), inputs["labels"].flatten())
         if distil:
-            padded = sd.pad(chosen, range(batch), tokenizer.pad_token_id)
-            ids, attention = (torch.from_numpy(x).to(args.device) for x in padded)
-            whole = {"ids": ids, "attention": attention, "start": torch.zeros(batch, dtype=torch.long, device=args.device)}
+            whole = sd.collate(chosen, range(batch), tokenizer, args.device)
             with torch.no_grad():
                 target = sd.encode(teacher, whole)
             loss = loss + mse_loss(sd.encode(students[1], whole), target, reduction="sum") / batch

@@ -269,7 +269,7 @@ LABELS = {  # values of a column, and what becomes of them
     "words that pandas takes for missing": ("csv", ["NA", "None"], ["NA", "None"], ""),
     "negative numbers": ("csv", [-1, 1], ["-1", "1"], ""),
     "truth": ("json", [True, False], ["False", "True"], ""),
-    "a missing one": ("csv", ["x", ""], [], "10 rows of train have no label"),
+    "a missing one": ("csv", ["x", ""], [], "train is taken as unlabelled: label is missing in 10 rows"),
     "several a row": ("json", [["x", "y"], ["x"]], [], "of type list, is not a class"),
     "several as a vector": ("json", [[0, 1, 1], [1, 0, 1]], [], "of type list, is not a class"),
     "fields": ("json", [{"name": "x"}, {"name": "y"}], [], "of type list, is not a class"),
