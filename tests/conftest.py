@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers on few cores: one thread each
-    os.environ["OMP_NUM_THREADS"] = "1"  # here, before a test file loads torch: as many as the scripts', for equal bits
+# One thread, in this process as in all that it starts, for equal bits. Set here, before a test file loads torch.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):
