@@ -241,8 +241,8 @@ def test_what_is_not_this_run_is_neither_resumed_nor_touched(zygote, stages, tmp
         ("further_pretrain_vit", "cut", further, "{p} is a run of self_distill_vit, not of further_pretrain_vit"),
         ("finetune", "whole", stages["finetune"], "{p} is a run of further_pretrain_vit, not of finetune: give another"),
         ("further_pretrain_vit", "whole", further | {"--steps": 9}, "this run began with --steps 8, not 9"),
-        ("further_pretrain_vit", "foreign", further, "{p} is not a run of this script: give the --run-dir"),
-        ("further_pretrain_vit", "project", further | {"--model": tmp_path / "project/model"}, "{p} is not a run"),
+        ("further_pretrain_vit", "foreign", further, "--run-dir {p} is not a run of this script: give the"),
+        ("further_pretrain_vit", "project", further | {"--model": tmp_path / "project/model"}, "--run-dir {p} is not a"),
     ):
         before = {path: path.read_bytes() for path in (tmp_path / folder).rglob("*") if path.is_file()}
         code, _, said = zygote(script, tmp_path / folder, flags, resume=True)
