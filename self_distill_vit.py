@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,8 +99,8 @@ class Args:
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
-    compile: bool = False
-    """compile the layers, which takes half a minute and a C compiler: images 1.2 times as fast on an H100, on a CPU slower"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """the layers: 20 seconds, a C compiler; auto: pre-training on images, one GPU, from 2,000 steps on (1.2 times as fast)"""
     batch_size: int | None = None
     """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -613,12 +614,14 @@ if __name__ == "__main__":
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
     if state:  # for a run without a step left, cut off between its last checkpoint and metrics.json; the loop loads its own
         model.load_state_dict(state["model"])
-    if args.compile:  # layer by layer: all of a kind share one graph, and what hooks change between them is left as it is
+    recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask, no graph takes it
+    graphed = device.type == "cuda" and world == 1 and recent and not args.debug
+    pays = graphed and args.steps >= 2000 and torch.cuda.get_device_capability(device) >= (8, 0)  # measured, see docs/speed.md
+    able = any(map(shutil.which, ("gcc", "clang"))) and Path(sysconfig.get_path("include"), "Python.h").exists()  # for Triton
+    if args.compile == "on" or (args.compile == "auto" and pays and able):  # layer by layer: all of a kind share a graph
         for layer in [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]:
             layer.compile()
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
-    recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask, no graph takes it
-    graphed = device.type == "cuda" and world == 1 and recent and not args.debug
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
     for step in bar:

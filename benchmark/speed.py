@@ -87,7 +87,7 @@ class Args:
     tiny_steps: int = 100
     """optimizer steps of a whole job of the tiny models: the embedded recipe's"""
     compile: bool = False
-    """ours with --compile"""
+    """ours with its layers compiled"""
     out: Path = Path("benchmark/results/speed.json")
     """results are added to this file, by work and device"""
 
@@ -165,7 +165,7 @@ def pixels_in_fp32(model: torch.nn.Module, device: str) -> torch.nn.Module:
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """As --compile does in the scripts."""
+    """As --compile on does in the scripts."""
     for layers in [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]:
         [layer.compile() for layer in layers]
 
@@ -397,7 +397,7 @@ def vit_job(args: Args) -> dict:
     ours, naive, *_ = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(510, 375) * 2)
     for name, step, steps, early in (("ours", ours, 300, 50), ("naive", naive, 30, 1)):
         start = wait(args.device)
-        for _ in range(early):  # with all that is done once: decoding, the teacher's vectors, --compile, the graph
+        for _ in range(early):  # with all that is done once: decoding, the teacher's vectors, compiling, the graph
             step()
         first = wait(args.device)
         for _ in range(steps - early):

@@ -77,7 +77,7 @@ def gpu(compiled: bool = True) -> None:
         for i, data in enumerate(jpegs(510, 375) * 2):
             (images / f"{i}.jpg").write_bytes(data)
         flags = f"--device cuda --dataset {images} --model {folder}/model --steps 1000 --save-every 500 --eval-every 0"
-        checkpoints("self_distill_vit.py", *flags.split(), *["--compile"] * compiled)
+        checkpoints("self_distill_vit.py", *flags.split(), *["--compile", "on"] * compiled)
 
 
 def base_checkpoint() -> None:

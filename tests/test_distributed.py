@@ -87,7 +87,7 @@ def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
 def test_a_compiled_run_agrees_with_an_eager_one(run, inputs, tmp_path, stage):
     flags = [*inputs[stage], "--batch-size", 8, "--learning-rate", 1e-4, "--log-every", 1, "--eval-every", 0]
     run(stage.split()[0], *flags, "--run-dir", tmp_path / "eager")
-    run(stage.split()[0], *flags, "--run-dir", tmp_path / "compiled", "--compile")
+    run(stage.split()[0], *flags, "--run-dir", tmp_path / "compiled", "--compile", "on")
     agree(tmp_path, "eager", "compiled")
 
 

@@ -22,7 +22,7 @@ def test_each_script_learns_and_its_model_is_fp32(run, tmp_path, stage, compiled
     from safetensors.torch import load_file
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = (*SHORT, *STAGES[stage], *["--compile"] * compiled)
+    flags = (*SHORT, *STAGES[stage], *["--compile", "on"] * compiled)
     done = run(stage.split()[0], "--run-dir", tmp_path / "run", *flags)
     assert DEVICE in done.stdout
     events = EventAccumulator(str(tmp_path / "run")).Reload()
