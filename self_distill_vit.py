@@ -77,8 +77,7 @@ LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", 
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
 SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
           "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
-KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
-    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
+TABLES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")  # of texts; a folder of parquet files can hold images
 LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
@@ -170,7 +169,7 @@ def explain(what: str, hint: str) -> Iterator[None]:
         if "--debug" in sys.argv:
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
-        fail(f"{what}: {said.strip().splitlines()[0]} ({hint})")
+        fail(f"{what}: {said.strip().splitlines()[0]:.300} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -341,34 +340,19 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     return (batch / 255 - norm[0]) / norm[1]
 
 
-def read_files(path: Path, label_column: str | None = None) -> datasets.DatasetDict:
-    """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
-    folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
-    deeper one does: a class may be called test. If some say none, and none says train, all is train."""
-    top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
-    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(top))}/**", recursive=True)))  # through links, nothing hidden
-    files = [file for file in inside if file.is_file()] or [path]
-    ends, parts = {file.suffix.lower() for file in files}, {}
-    kind = next((KINDS[end] for end in KINDS if end in ends), None)
-    if not kind:  # of other kinds, one runs what is in the file
-        raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
-    images = kind == "imagefolder" and path.is_dir()
-    for file in [file for file in files if KINDS.get(file.suffix.lower()) == kind]:
-        first, *deeper = file.relative_to(top).parts or [""]
-        words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
-        split = next((split for split in SPLITS if words & SPLITS[split]), None)
-        parts.setdefault(split, set()).add(f"{glob.escape(str(top / first))}/**" if images else glob.escape(str(file)))
-    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
-        parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
-    named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
-    # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
-    written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
-    flags = {"keep_default_na": False, "na_values": [""], "converters": written} if kind == "csv" else {}
-    data = datasets.load_dataset(kind, data_files=named, **flags)
-    read = sum(map(len, data.values() if images else named.values()))
-    if (read := read + sum(images and file.stem == "metadata" for file in files)) < len(files):
-        print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
-    return data
+def read_files(path: Path) -> datasets.DatasetDict:
+    """A file or a folder, by load_dataset. The names at a folder's top say its split by a word of SPLITS: Test, seg_train,
+    test-00000-of-00002.parquet. If none says train and some say nothing, all is train. The library's own rules look deeper:
+    they would take a class called test, or a picture called train station, for a split."""
+    if path.is_file():
+        return datasets.load_dataset(str(path.parent), data_files=glob.escape(path.name))
+    path = path / "data" if [p for p in path.glob("[!.]*") if p.is_dir()] == [path / "data"] else path
+    tops = [p for p in sorted(path.glob("[!.]*")) if p.is_dir() or p.suffix.lower() in TABLES]
+    words = {p: set(re.split(r"[\W\d_]+", p.name.lower())) for p in tops}
+    named = {s: [glob.escape(p.name) + "/**" * p.is_dir() for p in tops if words[p] & SPLITS[s]] for s in SPLITS}
+    if not named["train"] and sum(map(len, named.values())) < len(tops):
+        named = {}
+    return datasets.load_dataset(str(path), data_files={s: files for s, files in named.items() if files} or "**")
 
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
@@ -382,7 +366,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         else:
-            parts = read_files(Path(name), args.label_column) if Path(name).exists() else datasets.load_dataset(name)
+            parts = read_files(Path(name)) if Path(name).exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
@@ -401,7 +385,6 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
         kind = str(getattr(part.features.get(label), "dtype", "list"))
-        kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
         if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
             print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
                   f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
