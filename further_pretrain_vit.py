@@ -12,6 +12,7 @@ pre-trained ViT-MAE, go on with the same objective (hide 75 % of the patches, pr
 import glob
 import inspect
 import json
+import logging
 import os
 import re
 import shlex
@@ -76,7 +77,7 @@ LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", 
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
 SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
           "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
-TABLES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")  # of texts; a folder of parquet files can hold images
+TABLES = {"csv", "tsv", "json", "jsonl", "parquet", "arrow", "txt"}  # files of many samples: of these the name can say a split
 LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
@@ -206,6 +207,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
+    logging.getLogger("huggingface_hub").setLevel("ERROR")  # each of its five tries
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
@@ -330,11 +332,13 @@ def read_files(path: Path) -> datasets.DatasetDict:
     """A file or a folder, by load_dataset. The names at a folder's top say its split by a word of SPLITS: Test, seg_train,
     test-00000-of-00002.parquet. If none says train and some say nothing, all is train. The library's own rules look deeper:
     they would take a class called test, or a picture called train station, for a split."""
+    path = path.absolute()  # the library gives no name to "."
     if path.is_file():
         return datasets.load_dataset(str(path.parent), data_files=glob.escape(path.name))
-    path = path / "data" if [p for p in path.glob("[!.]*") if p.is_dir()] == [path / "data"] else path
-    tops = [p for p in sorted(path.glob("[!.]*")) if p.is_dir() or p.suffix.lower() in TABLES]
-    words = {p: set(re.split(r"[\W\d_]+", p.name.lower())) for p in tops}
+    words = {p: set(re.split(r"[\W\d_]+", p.name.lower())) for p in sorted(path.glob("[!.]*"))}
+    tops = [p for p in words if p.is_dir() or words[p] & TABLES]
+    if tops == [path / "data"]:
+        return read_files(path / "data")
     named = {s: [glob.escape(p.name) + "/**" * p.is_dir() for p in tops if words[p] & SPLITS[s]] for s in SPLITS}
     if not named["train"] and sum(map(len, named.values())) < len(tops):
         named = {}

@@ -220,6 +220,16 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["d.csv", "d", "."])
+def test_a_path_may_be_relative(script, tokenizer, tmp_path, monkeypatch, name):
+    (tmp_path / "d").mkdir()
+    WRITERS["d.csv"](tmp_path / "d/d.csv")
+    monkeypatch.chdir(tmp_path if name == "d" else tmp_path / "d")
+    ft = script("finetune")
+    data, names = texts_of(ft, ft.Args(dataset=name), tokenizer)
+    assert names == ["ja", "n\u00e9in"] and [len(samples) for samples, _ in data.values()] == [18, 2]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_top_of_a_folder_says_what_is_train_and_what_is_test(script, tokenizer, tmp_path, layout):
     files, rows, classes = LAYOUTS[layout]
