@@ -414,10 +414,11 @@ def vit_job(args: Args) -> dict:
 
 
 def profile(args: Args) -> dict:
-    """Whether a step of self-distillation on ViT-B/16 waits for the GPU's work, or the GPU for being given it."""
+    """Whether a step of self-distillation on base-size models waits for the GPU's work, or the GPU for being given it."""
     ours, *_ = vit_steps(args, ViTMAEConfig(norm_pix_loss=True), args.vit_batch, jpegs(64, 375))
+    texts, *_ = text_steps(args, BASE(), args.text_batch, distil=True, limit=256)
     found = {}
-    for name, step in (("piece by piece", partial(ours, eager=True)), ("as a graph", ours)):
+    for name, step in (("piece by piece", partial(ours, eager=True)), ("as a graph", ours), ("texts", texts)):
         for _ in range(5):
             step()
         start = wait(args.device)
