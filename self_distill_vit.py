@@ -13,7 +13,6 @@ again, on masked auto-encoding plus the distance between their and the teacher's
 import glob
 import inspect
 import json
-import logging
 import os
 import re
 import shlex
@@ -78,7 +77,8 @@ LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", 
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
 SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
           "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
-TABLES = {"csv", "tsv", "json", "jsonl", "parquet", "arrow", "txt"}  # files of many samples: of these the name can say a split
+KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
+    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
 LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
 KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
 
@@ -100,7 +100,7 @@ class Args:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """the layers: 20 seconds, a C compiler; auto: pre-training on images, one GPU, from 2,000 steps on (1.2 times as fast)"""
+    """the layers: 20 seconds, a C compiler; auto: pre-training on images, one GPU, from 5,000 steps on (1.2 times as fast)"""
     batch_size: int | None = None
     """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -170,7 +170,7 @@ def explain(what: str, hint: str) -> Iterator[None]:
         if "--debug" in sys.argv:
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
-        fail(f"{what}: {said.strip().splitlines()[0]:.300} ({hint})")
+        fail(f"{what}: {said.strip().splitlines()[0]} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -221,7 +221,6 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
-    logging.getLogger("huggingface_hub").setLevel("ERROR")  # each of its five tries
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
@@ -342,21 +341,34 @@ def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.
     return (batch / 255 - norm[0]) / norm[1]
 
 
-def read_files(path: Path) -> datasets.DatasetDict:
-    """A file or a folder, by load_dataset. The names at a folder's top say its split by a word of SPLITS: Test, seg_train,
-    test-00000-of-00002.parquet. If none says train and some say nothing, all is train. The library's own rules look deeper:
-    they would take a class called test, or a picture called train station, for a split."""
-    path = path.absolute()  # the library gives no name to "."
-    if path.is_file():
-        return datasets.load_dataset(str(path.parent), data_files=glob.escape(path.name))
-    words = {p: set(re.split(r"[\W\d_]+", p.name.lower())) for p in sorted(path.glob("[!.]*"))}
-    tops = [p for p in words if p.is_dir() or words[p] & TABLES]
-    if tops == [path / "data"]:
-        return read_files(path / "data")
-    named = {s: [glob.escape(p.name) + "/**" * p.is_dir() for p in tops if words[p] & SPLITS[s]] for s in SPLITS}
-    if not named["train"] and sum(map(len, named.values())) < len(tops):
-        named = {}
-    return datasets.load_dataset(str(path), data_files={s: files for s, files in named.items() if files} or "**")
+def read_files(path: Path, label_column: str | None = None) -> datasets.DatasetDict:
+    """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
+    folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
+    deeper one does: a class may be called test. If some say none, and none says train, all is train."""
+    top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
+    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(top))}/**", recursive=True)))  # through links, nothing hidden
+    files = [file for file in inside if file.is_file()] or [path]
+    ends, parts = {file.suffix.lower() for file in files}, {}
+    kind = next((KINDS[end] for end in KINDS if end in ends), None)
+    if not kind:  # of other kinds, one runs what is in the file
+        raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
+    images = kind == "imagefolder" and path.is_dir()
+    for file in [file for file in files if KINDS.get(file.suffix.lower()) == kind]:
+        first, *deeper = file.relative_to(top).parts or [""]
+        words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
+        split = next((split for split in SPLITS if words & SPLITS[split]), None)
+        parts.setdefault(split, set()).add(f"{glob.escape(str(top / first))}/**" if images else glob.escape(str(file)))
+    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+        parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
+    named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
+    # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
+    written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
+    flags = {"keep_default_na": False, "na_values": [""], "converters": written} if kind == "csv" else {}
+    data = datasets.load_dataset(kind, data_files=named, **flags)
+    read = sum(map(len, data.values() if images else named.values()))
+    if (read := read + sum(images and file.stem == "metadata" for file in files)) < len(files):
+        print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
+    return data
 
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
@@ -364,13 +376,13 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
     column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
     Without a test split a tenth of labelled train becomes one, stratified, always the same."""
-    name, known, data, names = args.dataset, table.get(args.dataset), {}, []
+    name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         else:
-            parts = read_files(Path(name)) if Path(name).exists() else datasets.load_dataset(name)
+            parts = read_files(path.absolute(), args.label_column) if path.exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
@@ -389,6 +401,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         if order:  # the classes of a ClassLabel
             labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
         kind = str(getattr(part.features.get(label), "dtype", "list"))
+        kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
         if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
             print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
                   f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
@@ -603,8 +616,9 @@ if __name__ == "__main__":
         model.load_state_dict(state["model"])
     recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask, no graph takes it
     graphed = device.type == "cuda" and world == 1 and recent and not args.debug
-    pays = graphed and args.steps >= 2000 and torch.cuda.get_device_capability(device) >= (8, 0)  # measured, see docs/speed.md
-    able = any(map(shutil.which, ("gcc", "clang"))) and Path(sysconfig.get_path("include"), "Python.h").exists()  # for Triton
+    pays = graphed and args.steps >= 5000 and torch.cuda.get_device_capability(device) >= (8, 0)  # the 20 s after 2,000 steps
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    able = any(map(shutil.which, ("gcc", "clang"))) and header.exists() and sys.platform == "linux"  # what Triton needs
     if args.compile == "on" or (args.compile == "auto" and pays and able):  # layer by layer: all of a kind share a graph
         for layer in [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]:
             layer.compile()

@@ -61,12 +61,12 @@ def checkpoints(script: str, *flags: str) -> None:
     runpy.run_path(str(ROOT / script), run_name="__main__")
     seconds = json.loads((Path(run_dir) / "metrics.json").read_text())["seconds"]
     shutil.rmtree(run_dir)
-    chip = f" ViT-B/16, two rounds of 1,000 steps of 64, {torch.cuda.get_device_name()}" if flags else ""
+    chip = f" ViT-B/16, compiled, two rounds of 1,000 steps of 64, {torch.cuda.get_device_name()}" if flags else ""
     keep(f"checkpoints, {script}{chip}", {"checkpoints": len(spent), "seconds": round(sum(spent), 3), "of_a_run_of": seconds,
                                           "part": round(sum(spent) / seconds, 5)})  # fmt: skip
 
 
-def gpu(compiled: bool = True) -> None:
+def gpu() -> None:
     """Self-distillation of ViT-B/16 by the script itself, from a folder of 1,020 JPEGs, as many as Flowers has."""
     from speed import jpegs
 
@@ -77,7 +77,7 @@ def gpu(compiled: bool = True) -> None:
         for i, data in enumerate(jpegs(510, 375) * 2):
             (images / f"{i}.jpg").write_bytes(data)
         flags = f"--device cuda --dataset {images} --model {folder}/model --steps 1000 --save-every 500 --eval-every 0"
-        checkpoints("self_distill_vit.py", *flags.split(), *["--compile", "on"] * compiled)
+        checkpoints("self_distill_vit.py", *flags.split(), "--compile", "on")
 
 
 def base_checkpoint() -> None:
@@ -95,7 +95,8 @@ def base_checkpoint() -> None:
         times.append(time.perf_counter() - began)
     size = (folder / "resume.pt").stat().st_size / 1e9
     shutil.rmtree(folder)
-    keep("one checkpoint of ViT-B/16", {"seconds": round(sorted(times)[1], 2), "gigabytes": round(size, 2)})
+    where = f", on the machine of {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    keep(f"one checkpoint of ViT-B/16{where}", {"seconds": round(sorted(times)[1], 2), "gigabytes": round(size, 2)})
 
 
 def start(data: str, model: str) -> None:

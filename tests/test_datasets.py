@@ -212,19 +212,21 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "in a folder called data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "README.md"), (12, 6), ["a", "b"]),
     "a class called test": (("train/{good,test}/6.jpg", "test/{good,test}/6.jpg"), (12, 12), ["good", "test"]),
     "a class called test run": (("train/{car,test run}/6.jpg", "test/{car,test run}/6.jpg"), (12, 12), ["car", "test run"]),
-    "a word for some": (("blood test/20.jpg", "cars/20.jpg"), (36, 4), ["blood test", "cars"]),
+    "a file of each image's words": (("train/{a,b}/6.jpg", "train/{a,b}/6.txt", "test/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "lists beside the images": (("images/{a,b}/20.jpg", "train.txt", "test.txt", "labels.csv"), (36, 4), ["a", "b"]),
     "a class called test, no splits": (("test/20.jpg", "cars/20.jpg"), (36, 4), ["cars", "test"]),
     "csv": (("Train_data.csv", "Test_data.csv", "notes.txt"), (12, 6), ["x", "y"]),
+    "csv with a licence": (("train.csv", "test.csv", "LICENSE", "notes.md", "get.py"), (12, 6), ["x", "y"]),
     "csv in parts": (("train-00000-of-00002.csv", "train-00001-of-00002.csv", "test.csv"), (24, 6), ["x", "y"]),
     "csv in a folder called data": (("data/sst_train.csv", "data/sst_test.csv", "README.md"), (12, 6), ["x", "y"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["d.csv", "d", "."])
-def test_a_path_may_be_relative(script, tokenizer, tmp_path, monkeypatch, name):
-    (tmp_path / "d").mkdir()
-    WRITERS["d.csv"](tmp_path / "d/d.csv")
-    monkeypatch.chdir(tmp_path if name == "d" else tmp_path / "d")
+@pytest.mark.parametrize("name", ["d [1]/d.csv", "d [1]", "."])
+def test_a_path_may_be_relative_and_look_like_a_pattern(script, tokenizer, tmp_path, monkeypatch, name):
+    (tmp_path / "d [1]").mkdir()
+    WRITERS["d.csv"](tmp_path / "d [1]/d.csv")
+    monkeypatch.chdir(tmp_path / "d [1]" if name == "." else tmp_path)
     ft = script("finetune")
     data, names = texts_of(ft, ft.Args(dataset=name), tokenizer)
     assert names == ["ja", "n\u00e9in"] and [len(samples) for samples, _ in data.values()] == [18, 2]
@@ -275,15 +277,16 @@ def test_a_folder_of_links_is_read_and_hidden_files_are_not(script, tokenizer, t
 
 
 LABELS = {  # values of a column, and what becomes of them
-    "a word that pandas takes for missing": ("csv", ["NA", "x"], [], "label is missing in 10 rows"),
+    "words that pandas takes for missing": ("csv", ["NA", "None"], ["NA", "None"], ""),
     "negative numbers": ("csv", [-1, 1], ["-1", "1"], ""),
     "truth": ("json", [True, False], ["False", "True"], ""),
     "a missing one": ("csv", ["x", ""], [], "train is taken as unlabelled: label is missing in 10 rows"),
     "several a row": ("json", [["x", "y"], ["x"]], [], "of type list, is not a class"),
     "several as a vector": ("json", [[0, 1, 1], [1, 0, 1]], [], "of type list, is not a class"),
     "fields": ("json", [{"name": "x"}, {"name": "y"}], [], "of type list, is not a class"),
-    "scores": ("csv", [0.25, 0.5], [], "of type float64, is not a class"),
-    "scores in json": ("json", [0.25, 0.5], [], "of type float64, is not a class"),
+    "scores": ("csv", [0.25, 0.5], [], "of type float, is not a class"),
+    "scores in json": ("json", [0.25, 0.5], [], "of type float, is not a class"),
+    "numbers with zeros before them": ("csv", ["001", "1"], ["001", "1"], ""),
 }
 
 
@@ -299,6 +302,22 @@ def test_what_is_a_class(script, tokenizer, tmp_path, capsys, case):
     data, names = texts_of(fr, fr.Args(dataset=str(tmp_path / f"d.{kind}")), tokenizer, ("train",))
     assert names == classes and (data["train"][1] is None) == (not classes)
     assert said in capsys.readouterr().out and len(data["train"][0]) == (18 if classes else 20)
+
+
+@pytest.mark.parametrize("flags", [{}, {"label_column": "kind"}])
+def test_labels_of_a_csv_are_what_is_written_in_all_its_files_and_parts(script, tokenizer, tmp_path, flags):
+    """The library guesses a column's type anew in each file and each 10,000 rows, and turns 001 into 1 and True into true."""
+    (tmp_path / "d").mkdir()
+    parts = {"train-1": ["A1", "001", "True"] * 4000 + ["001"] * 9000, "train-2": ["001", "True"], "test": ["True", "True"]}
+    for name, labels in parts.items():
+        rows = [f"text {i},{label},7" for i, label in enumerate(labels)]
+        (tmp_path / f"d/{name}.csv").write_text("\n".join([f"text,{flags.get('label_column', 'label')},other", *rows]))
+    fr = script("further_pretrain_roberta")
+    data, names = texts_of(fr, fr.Args(dataset=str(tmp_path / "d"), **flags), tokenizer)
+    counts = {
+        split: dict(zip(names, np.bincount(labels, minlength=3).tolist(), strict=True)) for split, (_, labels) in data.items()
+    }
+    assert counts == {"train": {"001": 13001, "A1": 4000, "True": 4001}, "test": {"001": 0, "A1": 0, "True": 2}}
 
 
 def test_a_class_of_empty_texts_alone_does_not_keep_the_held_out_tenth_in_training(script, tokenizer, tmp_path):

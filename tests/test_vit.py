@@ -538,7 +538,7 @@ def folders_without_splits(kind, path):
     if kind == "not images":
         image_folder(path, classes=("",), n=20)
         (path / "notes.md").write_text("of a walk")
-        return [], 20, "d has no column of labels"
+        return [], 20, "d: 1 of its 21 files are not read"
     image_folder(path, classes=("blood test", "cars"), n=20)
     return ["blood test", "cars"], 36, "d has no test split: a stratified tenth of train is held out as one"
 
