@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -648,3 +649,33 @@ def test_existing_run_directory_is_not_touched(run, tmp_path):
     done = run("further_pretrain_vit", "--run-dir", tmp_path / "run", code=2)
     assert done.stderr.endswith(f"error: {tmp_path}/run exists: go on with it by --resume, or give another --run-dir\n")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["further_pretrain_vit", "self_distill_vit"])
+def test_auto_compiles_long_rounds_on_one_gpu_that_has_what_triton_needs(name):
+    """The lines themselves, on machines that are made up: there is no GPU here."""
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    rule = "\n".join(line.strip() for line in lines if line.startswith(("    pays =", "    header =", "    able =")))
+    asked = next(line for line in lines if "if args.compile ==" in line).strip().split("if ", 1)[1].split(":  #")[0]
+    good = {
+        "compile": "auto",
+        "graphed": True,
+        "steps": 5000,
+        "capability": (8, 0),
+        "cc": "gcc",
+        "header": True,
+        "os": "linux",
+    }
+    bad = {"compile": "off", "graphed": False, "steps": 4999, "capability": (7, 5), "cc": None, "header": False, "os": "win32"}
+    for change in (None, *bad):
+        for forced in (False, True):
+            at = good | ({change: bad[change]} if change else {}) | ({"compile": "on"} if forced else {})
+            world = {
+                "graphed": at["graphed"], "args": SimpleNamespace(compile=at["compile"], steps=at["steps"]), "device": None,
+                "torch": SimpleNamespace(cuda=SimpleNamespace(get_device_capability=lambda _, at=at: at["capability"])),
+                "shutil": SimpleNamespace(which=lambda _, at=at: at["cc"]), "sys": SimpleNamespace(platform=at["os"]),
+                "sysconfig": SimpleNamespace(get_path=lambda _: ""),
+                "Path": lambda *_, at=at: SimpleNamespace(exists=lambda: at["header"]),
+            }  # fmt: skip
+            exec(rule, world)
+            assert bool(eval(asked, world)) == (forced or change is None), (change, forced)
