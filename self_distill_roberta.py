@@ -205,8 +205,6 @@ def resolve(args: Args) -> Args:
         raise SystemExit(0)
     if run_dir.exists() and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
-    if args.resume and "resume.pt" not in held:  # killed before its first checkpoint, perhaps before anything
-        print(f"{run_dir} has no checkpoint yet: from the start")
     return replace(args, run_dir=str(run_dir))
 
 
@@ -244,6 +242,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         with explain(f"{checkpoint} is not a whole checkpoint", "start again in another --run-dir"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             refuse_another(state, args)
+    elif args.resume and rank == 0:  # killed before its first checkpoint, perhaps before anything
+        print(f"{args.run_dir} has no checkpoint yet: from the start")
     return args, state, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16), rank, world
 
 
@@ -277,16 +277,16 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> dict[str, float]:
+def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
     """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
         torch.distributed.all_reduce(values)
-        stop += [signal.SIGTERM] * int(values[-1])
-    values = dict(zip(losses, (values / world).tolist(), strict=False))
+    *means, stopping = (values / world).tolist()
+    values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
         fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
-    return values
+    return values, stopping > 0  # not bool(stop): of one mind, what came in later waits
 
 
 # ------------------------------------------------------------------------------------------------ texts, shared
@@ -310,7 +310,7 @@ def docstrings(versions: str) -> Iterator[dict]:
 
 
 def docstring_rows(split: str) -> datasets.Dataset:
-    """The embedded texts: built when first asked for, in some ten seconds, then from the cache of `datasets`."""
+    """The embedded texts: built when a script first asks for them, in some ten seconds, then from the cache of `datasets`."""
     versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
     rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
     return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
@@ -331,30 +331,34 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
 
 def read_files(path: Path, label_column: str | None = None) -> datasets.DatasetDict:
     """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
-    folder data, if that is all there is) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
+    folder data, if that holds all) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
     deeper one does: a class may be called test. If some say none, and none says train, all is train."""
-    top = path / "data" if [p for p in path.glob("*") if p.is_dir() or p.suffix.lower() in KINDS] == [path / "data"] else path
-    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(top))}/**", recursive=True)))  # through links, nothing hidden
+    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # through links, nothing hidden
     files = [file for file in inside if file.is_file()] or [path]
     ends, parts = {file.suffix.lower() for file in files}, {}
     kind = next((KINDS[end] for end in KINDS if end in ends), None)
     if not kind:  # of other kinds, one runs what is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
     images = kind == "imagefolder" and path.is_dir()
-    for file in [file for file in files if KINDS.get(file.suffix.lower()) == kind]:
+    ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind]
+    beside = [file for file in files if images and file.stem == "metadata"]
+    top = path / "data" if all(file.is_relative_to(path / "data") for file in ours + beside) else path
+    for file in ours:
         first, *deeper = file.relative_to(top).parts or [""]
         words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
         split = next((split for split in SPLITS if words & SPLITS[split]), None)
-        parts.setdefault(split, set()).add(f"{glob.escape(str(top / first))}/**" if images else glob.escape(str(file)))
+        parts.setdefault(split, set()).add(top / first if images else file)
     if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
-        parts = {"train": {f"{glob.escape(str(top))}/**"} if images else set().union(*parts.values())}
-    named = {split: sorted(parts[split]) for split in SPLITS if split in parts}
+        parts = {"train": {top} if images else set().union(*parts.values())}
+    parts = {split: parts[split] for split in SPLITS if split in parts}
+    named = {split: sorted(glob.escape(str(part)) + "/**" * images for part in parts[split]) for split in parts}
     # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
     written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
     flags = {"keep_default_na": False, "na_values": [""], "converters": written} if kind == "csv" else {}
     data = datasets.load_dataset(kind, data_files=named, **flags)
-    read = sum(map(len, data.values() if images else named.values()))
-    if (read := read + sum(images and file.stem == "metadata" for file in files)) < len(files):
+    read = sum(map(len, data.values() if images else parts.values()))
+    read += sum(any(file.is_relative_to(part) for part in set().union(*parts.values())) for file in beside)
+    if read < len(files):
         print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
     return data
 
@@ -363,7 +367,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
     embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
     column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
-    Without a test split a tenth of labelled train becomes one, stratified, always the same."""
+    Without a test split a tenth of labelled train (one of each class, if that is more) becomes one, always the same."""
     name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
@@ -373,9 +377,10 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             parts = read_files(path.absolute(), args.label_column) if path.exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
-    parts = parts if known or "train" in parts else {"train": next(iter(parts.values()))}
-    if rest := sorted(set(parts) - set(splits)):
+    train = "train" if known or "train" in parts else next(iter(parts))
+    if rest := sorted({*parts} - {*splits, train}):
         print(f"{name}: not used here: {', '.join(rest)}")
+    parts = parts if train == "train" else {"train": parts[train]}
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
         found = [c for c in LABELS if c in part.features] + [None]
         label = args.label_column or (known[3] if known else found[0])
@@ -413,16 +418,16 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     if not (known or "test" in parts or names):
         print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
     elif not (known or "test" in parts) and ("test" in splits or np.unique(data["train"][1], return_counts=True)[1].min() > 1):
-        print(f"{name} has no test split: a stratified tenth of train is held out as one")
         data["train"], data["test"] = split_rows(*data["train"])
+        print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
 
 
 def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any; the second is a tenth if no size is given. A
-    train_size of samples is drawn without strata if a class has one sample, or the rest not one of each."""
+    """Two disjoint parts, seeded, stratified by the labels where there are any; without a size the second is a tenth, or one
+    of each class. A train_size of samples is drawn without strata if a class has one sample, or the rest not one of each."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
     mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
@@ -466,7 +471,7 @@ def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=
     batch = {key: upload(value[rank::world], torch.device(device)) for key, value in batch.items()}
     if rng:
         batch["where"] = upload(np.flatnonzero(chosen[rank::world]), torch.device(device))
-        batch |= {"tokens": max(chosen.sum() / world, 1), "texts": len(ids) / world}
+        batch |= {"tokens": max(chosen.sum(), 1) / world, "texts": len(ids) / world}
     return batch
 
 
@@ -599,7 +604,7 @@ if __name__ == "__main__":
     with explain(f"{args.model} does not run on these texts", "--precision fp32 or a smaller --max-length may help"):
         look(model, [texts[lengths.argmax()]], tokenizer, plain, 1.0, autocast)  # before anything is written
     original = {key: value.clone() for key, value in model.state_dict().items()}  # where every round's student starts anew
-    init = parameters_to_vector(model.base_model.parameters()).detach().clone()
+    init = parameters_to_vector(model.base_model.parameters()).detach()
     start, values = state.get("step", 0), state.get("values", {})
     first_round = 1 if args.teacher else 0  # round 0, further pre-training, is what --teacher replaces
     steps = args.epochs * -(-n // args.batch_size)  # of each round
@@ -664,7 +669,7 @@ if __name__ == "__main__":
         save = done % steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
         if save or done % args.log_every == 0:  # the only place where we wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
-            values, stopping = average(losses, done, stop, world), bool(stop)  # of one mind: what comes in later waits
+            values, stopping = average(losses, done, stop, world)
             save = save or stopping
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = done * args.epochs * n / steps / (time.time() - clock)

@@ -210,6 +210,7 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "words in names": (("seg_train/{a,b}/6.jpg", "seg_test/{a,b}/3.jpg", "__MACOSX/1.jpg"), (12, 6), ["a", "b"]),
     "numbers after them": (("train_2020/{a,b}/6.jpg", "test2020/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
     "in a folder called data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "README.md"), (12, 6), ["a", "b"]),
+    "as downloaded": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", ".cache/x.json", "infos.json"), (12, 6), ["a", "b"]),
     "a class called test": (("train/{good,test}/6.jpg", "test/{good,test}/6.jpg"), (12, 12), ["good", "test"]),
     "a class called test run": (("train/{car,test run}/6.jpg", "test/{car,test run}/6.jpg"), (12, 12), ["car", "test run"]),
     "a file of each image's words": (("train/{a,b}/6.jpg", "train/{a,b}/6.txt", "test/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
@@ -219,6 +220,7 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "csv with a licence": (("train.csv", "test.csv", "LICENSE", "notes.md", "get.py"), (12, 6), ["x", "y"]),
     "csv in parts": (("train-00000-of-00002.csv", "train-00001-of-00002.csv", "test.csv"), (24, 6), ["x", "y"]),
     "csv in a folder called data": (("data/sst_train.csv", "data/sst_test.csv", "README.md"), (12, 6), ["x", "y"]),
+    "csv as downloaded": (("data/train.csv", "data/test.csv", ".git/HEAD", "infos.json"), (12, 6), ["x", "y"]),
 }  # fmt: skip
 
 
@@ -253,6 +255,45 @@ def test_only_the_top_of_a_folder_says_what_is_train_and_what_is_test(script, to
     args = ft.Args(dataset=str(tmp_path / "d"))
     data, names = texts_of(ft, args, tokenizer) if "csv" in layout else images_of(ft, args, 16)
     assert (tuple(len(data[split][0]) for split in ("train", "test")), names) == (rows, classes)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_labels_of_a_list_of_images_count_where_the_library_reads_it(script, tmp_path, capsys, inside):
+    """A metadata.csv in the folder of each split is read with it; one beside the splits is not, which is said."""
+    rows = [(f"{i}.jpg", "xy"[i % 2]) for i in range(4)]
+    for split in ("train", "test"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        for name, _ in rows:
+            picture().save(tmp_path / "d" / split / name)
+        lines = [f"{name if inside else f'{split}/{name}'},{label}\n" for name, label in rows]
+        place = tmp_path / "d" / split if inside else tmp_path / "d"
+        (place / "metadata.csv").write_text("file_name,label\n" + "".join(lines))
+    found = script("further_pretrain_vit").read_files(tmp_path / "d")
+    assert {split: len(part) for split, part in found.items()} == {"train": 4, "test": 4}
+    assert (list(found["train"]["label"]) == list("xyxy")) == inside
+    assert ("1 of its 9 files are not read" in capsys.readouterr().out) == (not inside)
+
+
+def test_a_hub_set_without_usual_splits_says_which_are_left_out(script, tokenizer, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    parts = {name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(n)]}) for name, n in (("a", 5), ("b", 3))}
+    module = script("further_pretrain_roberta")
+    monkeypatch.setattr(module.datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    data, _ = texts_of(module, module.Args(dataset="some/name"), tokenizer, ("train",))
+    assert len(data["train"][0]) == 5 and "some/name: not used here: b\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("value", "expected"), [(40000, 155), (65535, 255), (70000, None), (-1, None)])
+def test_pixels_of_more_than_16_bits_are_refused_not_wrapped(script, tmp_path, value, expected):
+    decode = script("further_pretrain_vit").decode
+    Image.fromarray(np.full((4, 4), value, np.int32)).save(tmp_path / "a.tiff")
+    row = {"input": {"path": str(tmp_path / "a.tiff"), "bytes": None}}
+    if expected is None:
+        with pytest.raises(ValueError, match="neither of 8 bits nor of 16"):
+            decode(row, 0, 4)
+    else:
+        assert set(decode(row, 0, 4)["pixels"].tolist()) == {expected}
 
 
 def test_a_folder_of_links_is_read_and_hidden_files_are_not(script, tokenizer, tmp_path):

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_roberta import config, word_tokenizer
@@ -89,6 +90,17 @@ def test_a_compiled_run_agrees_with_an_eager_one(run, inputs, tmp_path, stage):
     run(stage.split()[0], *flags, "--run-dir", tmp_path / "eager")
     run(stage.split()[0], *flags, "--run-dir", tmp_path / "compiled", "--compile", "on")
     agree(tmp_path, "eager", "compiled")
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_signal_while_the_losses_are_shared_waits_for_all_processes(script, monkeypatch, late):
+    """One that comes in after it was counted would stop this process alone, and leave the others waiting for it."""
+    sd, stop = script("self_distill_vit"), []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: (values.mul_(2), late and stop.append(15)))
+    if not late:
+        stop.append(15)
+    values, stopping = sd.average({"losses/total": torch.tensor(3.0)}, 5, stop, 2)
+    assert values == {"losses/total": 3.0} and stopping == (not late) and stop == [15]
 
 
 def by_two(run_dir, *flags):

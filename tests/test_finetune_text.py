@@ -26,7 +26,7 @@ def test_own_csv_with_string_labels_and_macro_f1(run, tmp_path):
     (tmp_path / "own.csv").write_text("text,label\n" + "".join(lines))
     flags = ("--dataset", tmp_path / "own.csv", "--model", TINY, "--epochs", 8, "--learning-rate", 1e-3, "--batch-size", 8)
     done = run("finetune", "--run-dir", tmp_path / "run", *flags, "--max-length", 16)
-    assert "has no test split: a stratified tenth of train is held out as one" in done.stdout
+    assert "has no test split: 4 samples of train, stratified, are held out as one" in done.stdout
     final = json.loads((tmp_path / "run/metrics.json").read_text())["final"]
     assert final["metric"] == "macro_f1" and final["test/metric"] == final["test/macro_f1"] > 0.9
     assert json.loads((tmp_path / "run/model/config.json").read_text())["id2label"] == {"0": "contra", "1": "pro"}

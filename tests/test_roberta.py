@@ -225,6 +225,10 @@ def test_a_batch_with_nothing_masked_has_loss_zero(sd, folders):
     args = sd.Args(learning_rate=0.0, warmup_ratio=0.0)
     losses = sd.update(model, *sd.optimizer_and_schedule(model, args, 1, (0.9, 0.98)), batch, FP32, None, args)
     assert losses["losses/mlm"] == 0 == losses["charts/grad_norm"]
+    for seed in range(20):  # of one word each of two processes takes half: the mean of their losses is that of one process
+        one, two = (sd.collate(texts, [0], tokenizer, "cpu", np.arange(96) >= 6, 0.1, np.random.default_rng(seed), world=world)
+                    for world in (1, 2))  # fmt: skip
+        assert one["tokens"] == 2 * two["tokens"] == max(len(one["where"]), 1)
 
 
 def test_looking_is_without_dropout_and_leaves_it_on_for_the_training(sd, script, folders):

@@ -541,7 +541,7 @@ def folders_without_splits(kind, path):
         (path / "notes.md").write_text("of a walk")
         return [], 20, "d: 1 of its 21 files are not read"
     image_folder(path, classes=("blood test", "cars"), n=20)
-    return ["blood test", "cars"], 36, "d has no test split: a stratified tenth of train is held out as one"
+    return ["blood test", "cars"], 36, "d has no test split: 4 samples of train, stratified, are held out as one"
 
 
 @pytest.mark.parametrize("kind", ["files named like splits", "not images", "a class named like a split"])
@@ -585,6 +585,13 @@ def folder_model(path, **config):
     return path
 
 
+def darker(path):
+    shutil.copytree(TINY, path)
+    processor = json.loads((path / "preprocessor_config.json").read_text()) | {"image_mean": [0.9] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
 def no_weights(path):
     path.mkdir()
     (path / "config.json").write_text((TINY / "config.json").read_text())
@@ -622,7 +629,9 @@ BAD = {
     "bert to finetune": ("finetune", lambda p: ("--model", another_model(p / "m")),
                          "{p}/m, a bert model, is taken to read texts (vit_mae and vit read images): mnist5k has none"),
     "teacher's shape": ("self_distill_vit", lambda p: ("--teacher", folder_model(p / "m")),
-                        "--teacher {p}/m has another shape than --model"),
+                        "--teacher {p}/m has another shape or mean of pixels than --model"),
+    "teacher's pixels": ("self_distill_vit", lambda p: ("--teacher", darker(p / "m")),
+                         "--teacher {p}/m has another shape or mean of pixels than --model"),
     "patch size": ("further_pretrain_vit", lambda p: ("--model", uneven(p / "m")),
                    "{p}/m: patches of 16 pixels do not divide an image of 36"),
     "no hub, model": ("further_pretrain_vit", lambda p: ("--model", "some/model"), "cannot load model some/model: "),
