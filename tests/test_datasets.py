@@ -1,5 +1,6 @@
 """Every data set of the paper by name, from stand-ins with the real columns, types and splits, and the user's own files."""
 
+import itertools
 import json
 
 import numpy as np
@@ -123,12 +124,21 @@ def rows_of(n=20):
     return [{"text": f"a text, number {i}", "label": ("ja", "n\u00e9in")[i % 2]} for i in range(n)]
 
 
+def arrow(path):
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(rows_of())
+    with pyarrow.ipc.new_stream(path, table.schema) as file:
+        file.write_table(table)
+
+
 WRITERS = {
     "d.csv": lambda path: path.write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows_of())),
     "d [1].csv": lambda path: WRITERS["d.csv"](path),  # which read as a pattern is another file's name
     "d.json": lambda path: path.write_text(json.dumps(rows_of())),
     "d.jsonl": lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in rows_of())),
     "d.parquet": lambda path: __import__("datasets").Dataset.from_list(rows_of()).to_parquet(path),
+    "d.arrow": lambda path: arrow(path),
     "d.txt": lambda path: path.write_text("".join(f"{r['text']}\n" for r in rows_of())),
 }
 
@@ -160,6 +170,47 @@ def test_classes_are_those_of_train_in_their_own_order(script, tokenizer, tmp_pa
     part.to_parquet(tmp_path / "d.parquet")
     data, names = texts_of(module, module.Args(dataset=str(tmp_path / "d.parquet")), tokenizer)
     assert names == ["z", "a"] and sorted(np.bincount(data["train"][1])) == [16, 16]
+
+
+@pytest.mark.parametrize(("text", "label"), [("text", "labels"), ("sentence", "class"), ("content", "target")])
+def test_usual_names_of_columns_are_found_among_others(script, tokenizer, tmp_path, text, label):
+    rows = [{"other": "no", text: f"yes {i}", label: "ab"[i % 2]} for i in range(20)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ft = script("finetune")
+    data, names = texts_of(ft, ft.Args(dataset=str(tmp_path / "d.jsonl")), tokenizer)
+    assert names == ["a", "b"] and tokenizer.decode(data["test"][0][0], skip_special_tokens=True).startswith("yes")
+
+
+def test_fewer_samples_do_not_bring_the_held_out_into_training(script, tokenizer, tmp_path):
+    (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"text {i},{'xy'[i % 2]}\n" for i in range(40)))
+    ft, fr, path = script("finetune"), script("further_pretrain_roberta"), str(tmp_path / "d.csv")
+    held = {ids.tobytes() for ids in texts_of(ft, ft.Args(dataset=path), tokenizer)[0]["test"][0]}
+    for seed in (1, 2):
+        few = {"dataset": path, "max_train_samples": 20, "seed": seed}
+        assert {ids.tobytes() for ids in texts_of(ft, ft.Args(**few), tokenizer)[0]["test"][0]} == held
+        seen = texts_of(fr, fr.Args(**few), tokenizer, ("train",))[0]["train"][0]
+        assert len(seen) == 20 and not held & {ids.tobytes() for ids in seen}
+
+
+def test_no_more_of_a_text_is_tokenized_than_can_be_read(script):
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer, seen = AutoTokenizer.from_pretrained(ROOT / "pretrained/roberta-tiny"), []
+
+    class Watched(type(tokenizer)):
+        def __call__(self, texts, **flags):
+            seen.extend(map(len, texts))
+            return super().__call__(texts, **flags)
+
+    tokenizer.__class__ = Watched
+    script("finetune").tokenize_all(datasets.Dataset.from_dict({"input": ["word " * 10_000]}), "train", tokenizer, 16)
+    assert seen == [50 * 16]
+
+
+def test_the_digits_are_always_split_alike(script):
+    rows = [row["label"] for row in itertools.islice(script("finetune").mnist5k("test"), 12)]
+    assert rows == [6, 3, 0, 8, 8, 3, 0, 0, 7, 8, 5, 8]
 
 
 def test_own_folder_of_splits_and_named_columns(script, tokenizer, tmp_path):
@@ -209,6 +260,7 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "keywords": (("training/{a,b}/6.jpg", "evaluation/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
     "words in names": (("seg_train/{a,b}/6.jpg", "seg_test/{a,b}/3.jpg", "__MACOSX/1.jpg"), (12, 6), ["a", "b"]),
     "numbers after them": (("train_2020/{a,b}/6.jpg", "test2020/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "other words": (("Training/{a,b}/6.jpg", "eval/{a,b}/3.jpg", "dev/{a,b}/2.jpg"), (12, 6), ["a", "b"]),
     "in a folder called data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "README.md"), (12, 6), ["a", "b"]),
     "as downloaded": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", ".cache/x.json", "infos.json"), (12, 6), ["a", "b"]),
     "a class called test": (("train/{good,test}/6.jpg", "test/{good,test}/6.jpg"), (12, 12), ["good", "test"]),

@@ -101,6 +101,9 @@ def test_a_signal_while_the_losses_are_shared_waits_for_all_processes(script, mo
         stop.append(15)
     values, stopping = sd.average({"losses/total": torch.tensor(3.0)}, 5, stop, 2)
     assert values == {"losses/total": 3.0} and stopping == (not late) and stop == [15]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(torch.tensor([3.0, float(late)])))
+    values, stopping = sd.average({"losses/total": torch.tensor(3.0)}, 5, [], 2)  # one that the other process got
+    assert values == {"losses/total": 3.0} and stopping == late
 
 
 def by_two(run_dir, *flags):

@@ -5,6 +5,7 @@ The quick part is run by default. The whole, every kill of every script, is `pyt
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def undisturbed(zygote, stages, tmp_path_factory):
 
 
 SCRIPTS = ["further_pretrain_vit", "self_distill_vit", "further_pretrain_roberta", "self_distill_roberta", "finetune"]
-CASES = [pytest.param(name, 3) for name in SCRIPTS] + [
+CASES = [pytest.param(name, 3) for name in (*SCRIPTS, "finetune by recadam")] + [
     pytest.param(name, 22, marks=pytest.mark.slow) for name in (*SCRIPTS, "finetune on texts", "finetune by recadam")
 ]
 
@@ -93,7 +94,8 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(zygote, stages, undist
     kinds = {}
     for at, name in enumerate(passed, 1):
         kinds.setdefault(name, []).append(at)
-    moments = {ats[-1] for ats in kinds.values()} if kills > 10 else set()  # one of each kind,
+    last = "before rename to metrics.json"  # when all is trained, and nothing says so yet
+    moments = {ats[-1] for name, ats in kinds.items() if kills > 10 or name == last}  # one of each kind, or the last alone
     rest = sorted(set(range(1, len(passed) + 1)) - moments)
     random.Random(stage).shuffle(rest)
     moments |= set(rest[: max(kills - len(moments), 0)])  # and others, each script its own
@@ -117,14 +119,37 @@ def test_killed_twice_and_asked_to_stop_once(zygote, stages, undisturbed, tmp_pa
     expected = "error: stopped by a signal at step 2, saved: go on with the same command and "
     expected += f"--run-dir {tmp_path}/cut --resume"
     assert said.splitlines()[-1] == expected
+    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    torch.save(state | {"seconds": state["seconds"] + 1000}, tmp_path / "cut/resume.pt")
     for _ in range(2):
         code, _, _ = zygote("self_distill_vit", tmp_path / "cut", flags, {"kind": "kill", "at": 9}, resume=True)
         assert code == -9
     code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, resume=True)
     assert code == 0, said
     agree(whole, result(tmp_path / "cut"))
+    assert 1000 < json.loads((tmp_path / "cut/metrics.json").read_text())["seconds"] < 1200  # of all its parts
     code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, resume=True)
     assert code == 0 and said.startswith(f"{tmp_path}/cut is complete: nothing to resume")
+
+
+def test_without_an_interval_a_checkpoint_is_written_at_the_end_alone(zygote, stages, tmp_path):
+    flags = stages["further_pretrain_vit"] | {"--save-every": 0}
+    code, passed, said = zygote("further_pretrain_vit", tmp_path / "run", flags)
+    assert code == 0 and passed.count("before rename to resume.pt") == 1, said[-1000:]
+
+
+def test_precision_and_the_name_of_a_run(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b;c").mkdir()
+    for name in SCRIPTS:
+        module = script(name)
+        known = module.resolve(module.Args()).run_dir
+        assert re.fullmatch(rf"runs/{module.Args().dataset}__{name}__1__\d{{10}}", known)
+        assert module.resolve(module.Args(dataset="./a b;c", seed=7)).run_dir.startswith(f"runs/a-b-c__{name}__7__")
+    for precision, kind in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        args = module.Args(precision=precision, device="cpu", debug=True, run_dir=str(tmp_path / precision))
+        with module.set_up(args)[3]:
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
 
 
 READY = ["further_pretrain_vit", *(pytest.param(stage, marks=pytest.mark.slow) for stage in SCRIPTS[1:])]
@@ -435,6 +460,10 @@ BAD = {  # script, flags, how the line begins, after "error: "
     "run directory in a file": (V, lambda p: {"--run-dir": csv(p / "f", "x") / "run"}, "cannot write to {p}/f/run: "),
     "run directory is a file": (V, lambda p: {"--run-dir": csv(p / "f", "x")}, "{p}/f exists: go on with it by --resume"),
     "no split to train on": (V, lambda p: {"--dataset": photos(p / "d/test").parent}, "{p}/d has no train split, only test: "),
+    "tabs": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\tlabel\na\tx\n")}, "{p}/d.csv: the input or label column"),
+    "mirrored texts": (F, lambda p: {"--dataset": csv(p / "d.csv", "text\na\n"), "--model": ROBERTA, "--flip": "True"},
+                       "--flip is for images, but {ROBERTA} reads texts"),
+    "no loss": (V, lambda p: {"--reconstruction-coef": 0, "--distill-coef": 0}, "--reconstruction-coef and --distill-coef"),
     "no such folder": (V, lambda p: {"--dataset": p / "none"}, "unknown dataset {p}/none: "),
     "floating-point pixels": (V, lambda p: {"--dataset": floats(p / "d")}, "cannot load {p}/d: cannot decode image "),
     "no teacher there": (V, lambda p: {"--teacher": p / "none"}, "cannot load model {p}/none: "),
@@ -495,7 +524,7 @@ def test_a_line_of_100_megabytes_is_cut_and_not_tokenized(zygote, tmp_path):
         file.write("word " * 20_000_000 + "\n" + "another line\n" * 20)
     flags = {"--dataset": tmp_path / "d.txt", "--model": ROBERTA, "--epochs": 1}
     code, _, said = zygote("further_pretrain_roberta", tmp_path / "run", flags)
-    assert code == 0 and "21 texts, 228 tokens" in said  # 128 and 20 times 5, said[-1500:]
+    assert code == 0 and "21 texts, 228 tokens" in said  # 128 and 20 times 5
 
 
 # ------------------------------------------------------------------------------------------------ any combination of arguments

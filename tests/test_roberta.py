@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
 
 import numpy as np
@@ -251,6 +252,20 @@ def test_looking_is_without_dropout_and_leaves_it_on_for_the_training(sd, script
         assert model.training and tuned.training
 
 
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_what_is_looked_at_is_what_the_model_makes_of_masked_texts(sd, folders, kind):
+    model, tokenizer, texts, _ = ready(sd, folders[kind], n=8)
+    plain = np.arange(96) >= 6
+    accuracy, table = sd.look(model, texts, tokenizer, plain, 0.3, FP32)
+    batch = sd.collate(texts, range(8), tokenizer, "cpu", plain, 0.3, np.random.default_rng(0))
+    logits = model.eval()(input_ids=batch["masked"], attention_mask=batch["attention"]).logits.flatten(0, 1)[batch["where"]]
+    truth, top = batch["ids"].flatten()[batch["where"]], logits.topk(3).indices  # (M,), (M, 3)
+    assert accuracy == pytest.approx((top[:, 0] == truth).float().mean().item())
+    found = re.findall(r"(?:\||; )(\S+): (\S+), (\S+), ([^|;]+)", table.replace("&lt;", "<"))
+    assert len(found) > 10
+    assert [tokenizer.convert_tokens_to_ids(list(row)) for row in found] == torch.cat([truth[:, None], top], 1).tolist()
+
+
 def test_roberta_tables_hold_two_places_fewer_than_rows(sd, folders, tmp_path):
     assert [sd.load_model(str(folders[kind]))[1].model_max_length for kind in ("roberta", "bert", "modernbert")] == [40] * 3
     from transformers import RobertaForMaskedLM
@@ -308,10 +323,17 @@ def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
     assert all(key.startswith("classifier.") for key in info["missing_keys"]) and model.config.hidden_dropout_prob == 0.1
 
 
-def test_stage_by_stage_is_the_one_command_and_finetune_takes_over(distilled, run, tmp_path):
+def test_stage_by_stage_is_the_one_command_and_finetune_takes_over(distilled, run, sd, tmp_path):
     """Stage 1, then stage 2 with its model as the teacher, is what one command does in two rounds, bit for bit."""
+    import tyro
+
     flags = (*DISTILLED, "--eval-every", 0)
-    run("further_pretrain_roberta", "--run-dir", tmp_path / "further", *flags)
+    done = run("further_pretrain_roberta", "--run-dir", tmp_path / "further", *flags)
+    _, then, *words = shlex.split(done.stdout.strip().splitlines()[-1])
+    args = tyro.cli(sd.Args, args=words)  # what it says comes next
+    assert then.endswith("self_distill_roberta.py") and args.teacher == str(tmp_path / "further/model")
+    assert (args.model, args.epochs, args.max_train_samples) == (str(ROOT / "pretrained/roberta-tiny"), 3, 320)
+    assert {"--mlm-probability", "--max-length", "--learning-rate", "--seed"} < set(words)
     run("self_distill_roberta", "--teacher", tmp_path / "further/model", "--run-dir", tmp_path / "run", *flags)
     files = {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("events")}
     assert files == {"model", "round_1", "metrics.json"}
@@ -345,6 +367,7 @@ def test_docstrings_are_balanced_scrubbed_and_disjoint(distilled, script):
     whole = texts["train"] + texts["test"]
     assert len(set(whole)) > 2470  # a few differ only after the cut at 128 tokens
     assert not [text for text in whole if re.search(rf"\b({'|'.join(sd.LIBRARIES)})\b", text.lower())]
+    assert not [text for text in texts["train"] if re.search(r"[a-z]\.[a-z]", text)]  # nor a path of one
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
@@ -434,6 +457,37 @@ def broken_model(folders, tmp_path, fault):
     else:
         word_tokenizer(size=60).save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("fault", ["shape", "words"])
+def test_a_teacher_of_another_kind_is_refused(zygote, folders, corpus, tmp_path, fault):
+    from transformers import RobertaForMaskedLM
+
+    teacher = shutil.copytree(folders["roberta"], tmp_path / "teacher")
+    if fault == "shape":
+        shape = config("roberta")
+        shape.intermediate_size *= 2
+        RobertaForMaskedLM(shape).save_pretrained(teacher)
+    else:  # the same words by other numbers: its vectors would be those of other texts
+        words = json.loads((teacher / "tokenizer.json").read_text())
+        vocabulary = words["model"]["vocab"]
+        vocabulary["w0"], vocabulary["w1"] = vocabulary["w1"], vocabulary["w0"]
+        (teacher / "tokenizer.json").write_text(json.dumps(words))
+    flags = {"--model": folders["roberta"], "--teacher": teacher, "--dataset": corpus}
+    code, _, said = zygote("self_distill_roberta", tmp_path / "run", flags)
+    line = f"error: --teacher {teacher} has another shape or tokenizer than --model {folders['roberta']}: "
+    assert code == 2 and said.splitlines()[-1].startswith(line) and not (tmp_path / "run").exists(), said[-1000:]
+
+
+@pytest.mark.parametrize(("fault", "line"), [
+    ("few places", "{} does not run on this data: "),
+    ("no padding", "{}: a tokenizer of 96 tokens (padding: None) does not go with a vocabulary of 96, or cannot pad"),
+])  # fmt: skip
+def test_finetune_refuses_what_could_not_read_the_texts(zygote, folders, corpus, tmp_path, fault, line):
+    model = broken_model(folders, tmp_path, fault)
+    code, _, said = zygote("finetune", tmp_path / "run", {"--model": model, "--dataset": corpus})
+    assert code == 2 and said.splitlines()[-1].startswith("error: " + line.format(model)), said[-1000:]
+    assert not (tmp_path / "run").exists()
 
 
 # What is given, and the line that is said; one that ends in "..." goes on with a library's own words.

@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,12 +200,14 @@ def test_what_is_saved_says_how_images_were_resized(sd, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     path = tmp_path / "model/preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {
-        "resample": 3, "size": {"height": 224, "width": 224}, "do_normalize": False, "rescale_factor": 0.1}))  # fmt: skip
+        "resample": 3, "size": {"height": 224, "width": 224}, "do_normalize": False, "rescale_factor": 0.1,
+        "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))  # fmt: skip
     _, processor = sd.load_model(str(tmp_path / "model"), 0.75, torch.device("cpu"))
     processor.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/preprocessor_config.json").read_text())
     assert (saved["resample"], saved["size"]) == (2, {"height": 64, "width": 64})  # 2: bilinear, as decode does
     assert saved["do_normalize"] and saved["rescale_factor"] == pytest.approx(1 / 255)  # as take does
+    assert (saved["image_mean"], saved["image_std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
 def test_dropout_of_the_configuration_is_left_out(sd, fp, tmp_path):
@@ -296,6 +299,7 @@ def test_knn_probe_against_loops(sd):
         votes = np.bincount(labels[np.argsort(cosine)[-5:]], minlength=3)
         hits += votes.argmax() == labels[i]
     assert sd.knn_accuracy(vectors, labels, k=5) == pytest.approx(hits / 60)
+    assert sd.knn_accuracy(vectors, labels) == sd.knn_accuracy(vectors, labels, k=20) != sd.knn_accuracy(vectors, labels, k=1)
 
 
 def test_picture_shows_visible_patches_untouched_and_hidden_ones_at_the_right_brightness(sd, batch):
@@ -312,6 +316,11 @@ def test_picture_shows_visible_patches_untouched_and_hidden_ones_at_the_right_br
         seen = i in batch[1][0].argsort()[:16]
         expected = original[where] if seen else original[where].mean().expand(3, 8, 8)
         torch.testing.assert_close(shown[where], expected, rtol=0, atol=1e-5)
+    for b in range(4):  # the rows above: the input, and what the model sees of it, the rest grey
+        columns, original = slice(2 + 66 * b, 66 + 66 * b), pixels[b] * 0.25 + 0.5
+        torch.testing.assert_close(grid[:, 2:66, columns], original)
+        hidden = torch.ones(64).index_fill(0, batch[1][b].argsort()[:16], 0).view(8, 8).kron(torch.ones(8, 8)).bool()
+        torch.testing.assert_close(grid[:, 68:132, columns], torch.where(hidden, 0.5, original))
 
 
 # ------------------------------------------------------------------------------------------------ the scripts
@@ -348,6 +357,9 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs, hub):
     assert scalars["losses/reconstruction"][-1][1] < 0.9 * scalars["losses/reconstruction"][0][1]
     assert 0 < scalars["charts/distance_from_init"][0][1] < scalars["charts/distance_from_init"][-1][1]
     assert events.Tags()["images"] == ["eval/reconstruction"] and "args/text_summary" in events.Tags()["tensors"]
+    assert events.Images("eval/reconstruction")[0].width == 8 * 66 + 2
+    assert b"|steps|30|" in events.Tensors("args/text_summary")[0].tensor_proto.string_val[0] and '"steps": 30' in done.stdout
+    assert "(a small run: real digits and a tiny model)" in done.stdout and "reconstruction=" in done.stderr
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["stage"] == "further_pretrain_vit" and metrics["parent"] == str(TINY)
     assert metrics["args"]["steps"] == 30 and set(metrics["versions"]) == {"torch", "torchvision", "transformers", "datasets"}
@@ -360,7 +372,12 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs, hub):
 
 
 def test_self_distillation_is_round_0_plus_rounds(runs):
-    run_dir, _ = runs["self_distill_vit"]
+    run_dir, done = runs["self_distill_vit"]
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    head = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert metrics["parent"] == f"{TINY}, teacher round 0" and metrics["git_commit"] == head.stdout.strip()
+    assert metrics["samples_per_second"] == pytest.approx(60 * 32 / metrics["seconds"], rel=0.05)
+    assert "reconstruction=" in done.stderr and "distill=" in done.stderr and "round 1" in done.stderr
     files = {p.name for p in run_dir.iterdir() if not p.name.startswith("events")}
     assert files == {"model", "round_0", "round_1", "metrics.json"}
     _, scalars = tags(run_dir)
@@ -383,6 +400,8 @@ def test_each_round_starts_a_student_from_the_original_weights(zygote, sd, tmp_p
     flags = {"--steps": 1, "--rounds": 2, "--batch-size": 8, "--learning-rate": 1e-3, "--eval-every": 0}
     code, _, said = zygote("self_distill_vit", tmp_path / "run", flags | {"--max-train-samples": 40})
     assert code == 0, said
+    events, scalars = tags(tmp_path / "run")
+    assert not any(tag.startswith("eval/") for tag in [*scalars, *events.Tags()["images"]])  # --eval-every 0
     data, _ = images_of(sd, sd.resolve(sd.Args(run_dir=str(tmp_path / "x"), max_train_samples=40)), 28)
     images, norm = data["train"][0], torch.tensor(IMAGENET)[..., None, None]
     args = sd.Args(learning_rate=1e-3, warmup_ratio=0.0)
@@ -402,20 +421,23 @@ def test_each_round_starts_a_student_from_the_original_weights(zygote, sd, tmp_p
 
 def test_a_teacher_takes_the_place_of_round_0(runs, run, tmp_path):
     """Stage 1, then stage 2 with its model as the teacher, is what one command does in two rounds, bit for bit."""
-    flags = ("--steps", 30, "--eval-every", 0, "--log-every", 5, *SMALL)
+    flags = ("--steps", 30, "--eval-every", 15, "--log-every", 5, *SMALL)
     run("self_distill_vit", "--teacher", runs["further_pretrain_vit"][0] / "model", "--run-dir", tmp_path / "run", *flags)
     files = {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("events")}
     assert files == {"model", "round_1", "metrics.json"}
     both = runs["self_distill_vit"][0], tmp_path / "run"
     one, two = (load_file(run_dir / "round_1/model.safetensors") for run_dir in both)
     assert all(torch.equal(one[key], two[key]) for key in one)
-    one, two = (tags(run_dir)[1]["losses/distill"] for run_dir in both)
-    assert [(step - 30, value) for step, value in one] == two
+    first, one, two = (tags(run_dir)[1] for run_dir in (runs["further_pretrain_vit"][0], *both))
+    assert [(step - 30, value) for step, value in one["losses/distill"]] == two["losses/distill"]
+    last = dict(first["eval/knn_accuracy"])[30]  # of stage 1, which is round 0 and what the teacher has
+    assert dict(one["eval/knn_accuracy"])[30] == last and len({value for _, value in one["eval/knn_accuracy"]}) > 1
+    assert one["eval/knn_accuracy_teacher"] == [(31, last)] and two["eval/knn_accuracy_teacher"] == [(1, last)]
 
 
 @pytest.mark.parametrize("source", ["further_pretrain_vit", "self_distill_vit", None])
 def test_finetune_takes_over(runs, run, tmp_path, source):
-    model, steps = (("--model", runs[source][0] / "model"), 4) if source else ((), 100)
+    model, steps = (("--model", runs[source][0] / "model"), 4) if source else ((), 80)
     done = run("finetune", "--run-dir", tmp_path / "run", "--steps", steps, "--log-every", 2, *model)
     came = f"encoder loaded from {model[1] if source else TINY}, new: classifier.bias, classifier.weight, left out: decoder"
     assert came in done.stdout
@@ -424,6 +446,9 @@ def test_finetune_takes_over(runs, run, tmp_path, source):
     assert {"test/accuracy", "test/macro_f1", "test/micro_f1", "losses/total"} < set(scalars)
     assert [step for step, _ in scalars["test/accuracy"]] == [steps]  # test is looked at once
     assert final["test/metric"] == final["test/accuracy"] == pytest.approx(scalars["test/accuracy"][0][1])
+    wrote, then = done.stdout.strip().splitlines()[-2:]
+    assert wrote.startswith(f"wrote {tmp_path}/run/model: test accuracy {final['test/accuracy']:.4f}, ")
+    assert f"t.pipeline('image-classification', '{tmp_path}/run/model')" in then
     if source is None:
         assert scalars["losses/total"][-1][1] < 0.8 * scalars["losses/total"][0][1]
         assert final["test/accuracy"] > 0.3  # chance is 0.1
@@ -438,13 +463,19 @@ def test_finetune_takes_over(runs, run, tmp_path, source):
 def test_the_probe_looks_everywhere_in_rows_that_are_sorted_by_class(sd, n):
     """As in a folder a class. Vectors that tell the class: any other labels than their own rows' would spoil the score."""
     labels = np.sort(np.arange(n) % 5)
-    seen = labels[:: -(-n // sd.KNN_IMAGES)]  # as in the main part
-    assert set(seen) == set(range(5)) and len(seen) <= sd.KNN_IMAGES
-    assert sd.knn_accuracy(torch.eye(5)[torch.from_numpy(seen)], labels) == 1
+    for name in ("further_pretrain_vit", "self_distill_vit", "further_pretrain_roberta", "self_distill_roberta"):
+        scope = {"np": np, "n": n, "images": labels, "texts": labels, "KNN_IMAGES": 2000, "KNN_TEXTS": 2000}
+        for line in map(str.strip, (ROOT / f"{name}.py").read_text().splitlines()):
+            if line.startswith(("every = ", "seen = texts", "fixed, seen = ")):  # what the main part looks at
+                exec(line, scope)
+        assert set(scope["seen"]) == set(range(5)) and 1000 <= len(scope["seen"]) <= 2000
+        assert sd.knn_accuracy(torch.eye(5)[torch.from_numpy(scope["seen"])], labels) == 1
 
 
 def test_validate_scores_on_a_part_of_train(run, tmp_path):
-    run("finetune", "--run-dir", tmp_path / "run", "--steps", 4, "--eval-every", 2, "--validate", "--batch-size", 8)
+    flags = ("--steps", 4, "--eval-every", 2, "--validate", "--batch-size", 8)
+    done = run("finetune", "--run-dir", tmp_path / "run", *flags)
+    assert "180 images for training, 20 for eval, 10 classes" in done.stdout  # of 200, and the test's 1,000 stay unseen
     _, scalars = tags(tmp_path / "run")
     assert [step for step, _ in scalars["eval/accuracy"]] == [2, 4] and not any(tag.startswith("test/") for tag in scalars)
 

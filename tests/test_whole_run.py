@@ -5,6 +5,7 @@ loops; no function of the scripts is called. It also pins what a seed means: a r
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -394,13 +395,15 @@ MAE = {"model": "facebook/vit-mae-base", "steps": 20_000, "batch_size": 64, "lea
 MLM = {"model": "FacebookAI/roberta-base", "epochs": 100, "batch_size": 128, "learning_rate": 1e-4, "warmup_ratio": 0.06,
        "mlm_probability": 0.15, "max_length": 512}  # S, G  # fmt: skip
 TUNE = {"batch_size": 32, "max_grad_norm": 1.0, "method": "finetune", "validate": False}
+PUBLISHED = {"recadam_strength": 5000, "recadam_midpoint": 250, "recadam_k": 0.5, "mars_gamma": 7.4, "mars_head_gamma": 7.4,
+             "r3f_lambda": 1.0, "r3f_eps": 1e-5, "r3f_noise": "uniform"}  # docs/baselines.md  # fmt: skip
 RECIPE = {
     ("further_pretrain_vit", "cub"): MAE,
     ("self_distill_vit", "cub"): MAE | DISTILL,
     ("further_pretrain_roberta", "acl_arc"): MLM,
     ("self_distill_roberta", "acl_arc"): MLM | DISTILL,
-    ("finetune", "cub"): TUNE | {"model": MAE["model"], "steps": 10_000, "learning_rate": 1e-4, "warmup_ratio": 500 / 10_000,
-                                 "dropout": 0.1, "flip": True},  # S, O
+    ("finetune", "cub"): TUNE | PUBLISHED | {"model": MAE["model"], "steps": 10_000, "learning_rate": 1e-4, "dropout": 0.1,
+                                             "warmup_ratio": 500 / 10_000, "flip": True},  # S, O
     ("finetune", "acl_arc"): TUNE | {"model": MLM["model"], "epochs": 10, "learning_rate": 2e-5, "warmup_ratio": 0.06},  # S, G
 }  # fmt: skip
 
@@ -413,6 +416,9 @@ def test_the_papers_recipe_is_the_default(script, tmp_path, name, dataset, monke
     args = vars(module.resolve(module.Args(dataset=dataset, run_dir=str(tmp_path / "run"))))
     expected = COMMON | RECIPE[name, dataset]
     assert {key: args[key] for key in expected} == expected
+    if name == "finetune":  # on the embedded sets: few labels, short runs
+        args = module.resolve(module.Args(run_dir=str(tmp_path / "small")))
+        assert (args.flip, args.max_train_samples, args.recadam_strength, args.recadam_midpoint) == (False, 200, 500, 8)
 
 
 def test_the_table_of_data_sets_is_the_scripts(script):
@@ -429,3 +435,6 @@ def test_the_table_of_data_sets_is_the_scripts(script):
     for name, (hub, _, _, _, classes, split, train, test) in tables.items():
         metric = module.METRICS.get(name, "accuracy" if name in module.IMAGE_SETS else "macro_f1")
         assert (split, train, test, classes, metric) == shown[name][:5] and (hub is None or f"`{hub}`" in shown[name][5]), name
+    for name, (hub, options, *_) in tables.items():
+        named = re.findall(r"`([^`]+)`", shown[name][5])
+        assert hub is None or named == [hub, *(str(value)[:7] for value in options.values())], name
