@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -103,8 +104,9 @@ LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", 
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
 SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
           "test": {"test", "testing", "eval", "evaluation"}}  # fmt: skip
-KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
-    ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
+KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
+    ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
 LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
 
 
@@ -236,7 +238,7 @@ def resolve(args: Args) -> Args:
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    held = {path.name for path in run_dir.glob("*")}
+    held = {path.name for path in run_dir.glob("[!.]*")}
     ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
@@ -436,36 +438,49 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 
 
 # ------------------------------------------------------------------------------------------------ data, shared
-def read_files(path: Path, label_column: str | None = None) -> datasets.DatasetDict:
-    """The rows of a file, or of a folder's files of the first kind in KINDS that it has. A name at its top (or at that of its
-    folder data, if that holds all) says the split by a word of SPLITS: Test, seg_train, test-00000-of-00002.parquet. No
-    deeper one does: a class may be called test. If some say none, and none says train, all is train."""
+def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
+    """The rows of `splits` (None for others) of a file, or of a folder's files of the first kind in KINDS that it has. A name
+    at its top (or at that of the one folder that holds all) says the split by a word of SPLITS: Test, seg_train, trainA,
+    test-00000-of-00002.parquet. No deeper one does: a class may be called test. If none says train, but some say nothing, all
+    is train."""
+
+    def said(name: str) -> str | None:
+        words = {word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)}
+        return next((split for split in SPLITS if words & SPLITS[split]), None)
+
     inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # through links, nothing hidden
     files = [file for file in inside if file.is_file()] or [path]
-    ends, parts = {file.suffix.lower() for file in files}, {}
-    kind = next((KINDS[end] for end in KINDS if end in ends), None)
+    ends = {file.suffix.lower() for file in files if file.stem != "metadata" or file == path}
+    kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
     if not kind:  # of other kinds, one runs what is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
-    images = kind == "imagefolder" and path.is_dir()
-    ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind]
+    images = kind == "imagefolder" and path.is_dir()  # the library leaves cache-*.arrow beside what it has read
+    ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
     beside = [file for file in files if images and file.stem == "metadata"]
-    top = path / "data" if all(file.is_relative_to(path / "data") for file in ours + beside) else path
+    names = Path(os.path.commonpath([file.parent for file in ours + beside])).relative_to(path).parts if path.is_dir() else ()
+    top = path.joinpath(*names[: next((i for i, name in enumerate(names) if said(name)), None)])
+    folders = {up for folder in {file.parent for file in ours} for up in (folder, *folder.parents) if top in up.parents}
+    deep = {(part.parent, said(part.name)) for part in folders.union(() if images else ours) if part.parent != top}
+    if lost := [place for place, split in deep if split == "train" and deep & {(place, "validation"), (place, "test")}]:
+        raise ValueError(f"train and test lie in its folder {lost[0].relative_to(path)}, which is to be given")
     for file in ours:
         first, *deeper = file.relative_to(top).parts or [""]
-        words = set(re.split(r"[\W\d_]+", first.lower())) if deeper or not images else set()
-        split = next((split for split in SPLITS if words & SPLITS[split]), None)
+        split = said(first) if deeper or not images else None
         parts.setdefault(split, set()).add(top / first if images else file)
+    if images and parts.keys() == {None, "train"} and any(part.is_dir() for part in parts[None]):
+        raise ValueError("its folder train lies beside others of images: if it is a class, call it otherwise, else move them")
     if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
         parts = {"train": {top} if images else set().union(*parts.values())}
-    parts = {split: parts[split] for split in SPLITS if split in parts}
-    named = {split: sorted(glob.escape(str(part)) + "/**" * images for part in parts[split]) for split in parts}
     # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
     written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
-    flags = {"keep_default_na": False, "na_values": [""], "converters": written} if kind == "csv" else {}
-    data = datasets.load_dataset(kind, data_files=named, **flags)
-    read = sum(map(len, data.values() if images else parts.values()))
-    read += sum(any(file.is_relative_to(part) for part in set().union(*parts.values())) for file in beside)
-    if read < len(files):
+    flags = {"csv": {"keep_default_na": False, "na_values": [""], "converters": written}, "text": {"encoding": "utf-8-sig"}}
+    data, read = {split: None for split in SPLITS if split in parts}, 0
+    for split in [split for split in data if split in splits]:  # one by one: another may have other columns, or no labels
+        named = sorted(glob.escape(str(part)) + "/**" * images for part in parts[split])
+        data[split] = datasets.load_dataset(kind, data_files={split: named}, split=split, **flags.get(kind, {}))
+        read += len(data[split] if images else named) + sum(not parts[split].isdisjoint(file.parents) for file in beside)
+    idle = set().union(*(parts[split] for split in data if split not in splits))
+    if read < len(files := [file for file in files if idle.isdisjoint((file, *file.parents))]):
         print(f"{path}: {len(files) - read} of its {len(files)} files are not read")
     return data
 
@@ -481,7 +496,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
             parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
         else:
-            parts = read_files(path.absolute(), args.label_column) if path.exists() else datasets.load_dataset(name)
+            parts = read_files(path.absolute(), splits, args.label_column) if path.exists() else datasets.load_dataset(name)
     if not known and "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
     train = "train" if known or "train" in parts else next(iter(parts))
@@ -524,7 +539,9 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
     if not (known or "test" in parts or names):
         print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts) and ("test" in splits or np.unique(data["train"][1], return_counts=True)[1].min() > 1):
+    elif not (known or "test" in parts or "test" in splits) and np.unique(data["train"][1], return_counts=True)[1].min() < 2:
+        print(f"{name} has a class of one sample: all of it is trained on, nothing is held out for a test")
+    elif not (known or "test" in parts):
         data["train"], data["test"] = split_rows(*data["train"])
         print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
@@ -736,7 +753,7 @@ if __name__ == "__main__":
         fail(f"{args.dataset} has {n} samples for training, {state['n']} when {run_dir} began: give the same data again")
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
-            run_dir.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=args.resume)  # not one that began since we looked
             writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{''.join(c for c in report if c.isprintable())}")
@@ -812,5 +829,5 @@ if __name__ == "__main__":
     write(run_dir / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: {split} {metric} {values[f'{split}/metric']:.4f}, {state['seconds']:.0f} s. Next:")
-    task, example = ("image-classification", "'a.png'") if vision else ("text-classification", "'a text', truncation=True")
-    print(f"python -c \"import transformers as t; print(t.pipeline('{task}', '{run_dir}/model')({example}))\"")
+    task, example = ("image-classification", '"a.png"') if vision else ("text-classification", '"a text", truncation=True')
+    print(shlex.join(["python", "-c", f'import transformers as t; print(t.pipeline("{task}", "{run_dir}/model")({example}))']))

@@ -262,6 +262,9 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "numbers after them": (("train_2020/{a,b}/6.jpg", "test2020/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
     "other words": (("Training/{a,b}/6.jpg", "eval/{a,b}/3.jpg", "dev/{a,b}/2.jpg"), (12, 6), ["a", "b"]),
     "in a folder called data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "README.md"), (12, 6), ["a", "b"]),
+    "in folders of folders": (("a/b/train2017/{a,b}/6.jpg", "a/b/test2017/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "glued words": (("TrainImages/{a,b}/6.jpg", "TestImages/{a,b}/3.jpg", "oldTrain/{a,b}/2.jpg"), (16, 6), ["a", "b"]),
+    "an unlabelled split that is not used": (("train/{a,b}/6.jpg", "test/{a,b}/3.jpg", "val/3.jpg"), (12, 6), ["a", "b"]),
     "as downloaded": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", ".cache/x.json", "infos.json"), (12, 6), ["a", "b"]),
     "a class called test": (("train/{good,test}/6.jpg", "test/{good,test}/6.jpg"), (12, 12), ["good", "test"]),
     "a class called test run": (("train/{car,test run}/6.jpg", "test/{car,test run}/6.jpg"), (12, 12), ["car", "test run"]),
@@ -274,6 +277,79 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "csv in a folder called data": (("data/sst_train.csv", "data/sst_test.csv", "README.md"), (12, 6), ["x", "y"]),
     "csv as downloaded": (("data/train.csv", "data/test.csv", ".git/HEAD", "infos.json"), (12, 6), ["x", "y"]),
 }  # fmt: skip
+
+
+def lay(base, files):
+    for name in files:
+        head, _, tail = name.partition("{")
+        for inner in tail.partition("}")[0].split(",") if tail else [""]:
+            path = base / (head + inner + tail.partition("}")[2] if tail else name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".csv":
+                n = 6 if "test" in path.stem.lower() else 12
+                path.write_text("text,label\n" + "".join(f"{path.stem} {i},{'xy'[i % 2]}\n" for i in range(n)))
+            elif path.stem.isdecimal():
+                for i in range(int(path.stem)):
+                    target = path.with_name(f"{i}{path.suffix}")
+                    picture().save(target) if path.suffix == ".jpg" else target.write_text("a caption")
+            else:
+                path.write_text("0.jpg 1\n")
+    return base
+
+
+UNCLEAR = {  # what would train on a test, or leave most out, is refused
+    "an image beside data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "1.jpg"), "train and test lie in its "),
+    "two of everything": (("de/train.csv", "de/test.csv", "en/train.csv", "en/test.csv"), "train and test lie in its folder "),
+    "a folder train that is none": (("training_data/train/2.jpg", "training_data/test/2.jpg"), "train and test lie in its "),
+    "a class called train": (("bus/6.jpg", "car/6.jpg", "train/6.jpg"), "its folder train lies beside others of images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", UNCLEAR)
+def test_a_folder_of_which_nobody_knows_what_is_train_is_refused(script, tmp_path, capsys, layout):
+    files, line = UNCLEAR[layout]
+    fp = script("further_pretrain_vit")
+    with pytest.raises(SystemExit):
+        images_of(fp, fp.Args(dataset=str(lay(tmp_path / "d", files))), 16, ("train",))
+    assert f"error: cannot load {tmp_path}/d: {line}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files", [("test/6.jpg",), ("test/{a,b,c}/2.jpg",), ("test/metadata.csv", "test/6.jpg")])
+def test_a_split_that_is_not_used_changes_nothing(script, tmp_path, capsys, files):
+    fp = script("further_pretrain_vit")
+    lay(tmp_path / "d", ("train/{a,b}/6.jpg", *files))
+    if len(files) == 2:
+        (tmp_path / "d/test/metadata.csv").write_text("file_name,other\n" + "".join(f"{i}.jpg,1\n" for i in range(6)))
+    data, names = images_of(fp, fp.Args(dataset=str(tmp_path / "d")), 16, ("train",))
+    assert len(data["train"][0]) == 12 and list(np.bincount(data["train"][1])) == [6, 6] and names == ["a", "b"]
+    assert capsys.readouterr().out == f"{tmp_path}/d: not used here: test\n"
+
+
+def test_what_lies_beside_the_data_is_not_the_data(script, tokenizer, tmp_path, capsys):
+    """A picture of a cloned Hub repository, what the library itself leaves in a folder, a mark of the byte order."""
+    import datasets
+
+    ft, fr = script("finetune"), script("further_pretrain_roberta")
+    rows = {"image": [picture()] * 12, "label": ["x", "y"] * 6}
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for split in ("train", "test"):
+        part = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        part.to_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
+    picture().save(tmp_path / "hub/preview.png")
+    data, names = images_of(ft, ft.Args(dataset=str(tmp_path / "hub")), 16)
+    assert [len(images) for images, _ in data.values()] == [12, 12] and names == ["x", "y"]
+    datasets.Dataset.from_list(rows_of()).save_to_disk(tmp_path / "saved")
+    datasets.load_from_disk(tmp_path / "saved").map(lambda row: row | {"length": len(row["text"])})
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    data, _ = texts_of(ft, ft.Args(dataset=str(tmp_path / "saved")), tokenizer)
+    assert [len(texts) for texts, _ in data.values()] == [18, 2]
+    (tmp_path / "d.txt").write_text("first\nsecond\n", encoding="utf-8-sig")
+    data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / "d.txt")), tokenizer, ("train",))
+    assert tokenizer.decode(data["train"][0][0], skip_special_tokens=True) == "first"
+    (tmp_path / "d.csv").write_text("text,label\n" + "a word,x\n" * 9 + "one,rare\n")
+    capsys.readouterr()
+    data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / "d.csv")), tokenizer, ("train",))
+    assert len(data["train"][0]) == 10 and "has a class of one sample: all of it is trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["d [1]/d.csv", "d [1]", "."])
@@ -289,22 +365,8 @@ def test_a_path_may_be_relative_and_look_like_a_pattern(script, tokenizer, tmp_p
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_top_of_a_folder_says_what_is_train_and_what_is_test(script, tokenizer, tmp_path, layout):
     files, rows, classes = LAYOUTS[layout]
-    for name in files:
-        head, _, tail = name.partition("{")
-        for inner in tail.partition("}")[0].split(",") if tail else [""]:
-            path = tmp_path / "d" / (head + inner + tail.partition("}")[2] if tail else name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".csv":
-                n = 6 if "test" in path.stem.lower() else 12
-                path.write_text("text,label\n" + "".join(f"{path.stem} {i},{'xy'[i % 2]}\n" for i in range(n)))
-            elif path.stem.isdecimal():
-                for i in range(int(path.stem)):
-                    target = path.with_name(f"{i}{path.suffix}")
-                    picture().save(target) if path.suffix == ".jpg" else target.write_text("a caption")
-            else:
-                path.write_text("0.jpg 1\n")
     ft = script("finetune")
-    args = ft.Args(dataset=str(tmp_path / "d"))
+    args = ft.Args(dataset=str(lay(tmp_path / "d", files)))
     data, names = texts_of(ft, args, tokenizer) if "csv" in layout else images_of(ft, args, 16)
     assert (tuple(len(data[split][0]) for split in ("train", "test")), names) == (rows, classes)
 
@@ -320,9 +382,9 @@ def test_labels_of_a_list_of_images_count_where_the_library_reads_it(script, tmp
         lines = [f"{name if inside else f'{split}/{name}'},{label}\n" for name, label in rows]
         place = tmp_path / "d" / split if inside else tmp_path / "d"
         (place / "metadata.csv").write_text("file_name,label\n" + "".join(lines))
-    found = script("further_pretrain_vit").read_files(tmp_path / "d")
+    found = script("further_pretrain_vit").read_files(tmp_path / "d", ("train", "test"))
     assert {split: len(part) for split, part in found.items()} == {"train": 4, "test": 4}
-    assert (list(found["train"]["label"]) == list("xyxy")) == inside
+    assert "label" not in found["train"].features if not inside else list(found["train"]["label"]) == list("xyxy")
     assert ("1 of its 9 files are not read" in capsys.readouterr().out) == (not inside)
 
 

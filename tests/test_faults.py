@@ -128,6 +128,7 @@ def test_killed_twice_and_asked_to_stop_once(zygote, stages, undisturbed, tmp_pa
     assert code == 0, said
     agree(whole, result(tmp_path / "cut"))
     assert 1000 < json.loads((tmp_path / "cut/metrics.json").read_text())["seconds"] < 1200  # of all its parts
+    (tmp_path / "cut/.DS_Store").write_text("of a file browser")
     code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, resume=True)
     assert code == 0 and said.startswith(f"{tmp_path}/cut is complete: nothing to resume")
 

@@ -459,6 +459,20 @@ def broken_model(folders, tmp_path, fault):
     return path
 
 
+def test_two_runs_begun_at_once_do_not_share_a_folder(folders, corpus, tmp_path, monkeypatch, capfd):
+    """The other one made it while this one read its data."""
+    import datasets
+
+    read = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (tmp_path / "run").mkdir() or read(*a, **k))
+    flags = ["--model", folders["roberta"], "--dataset", corpus, "--run-dir", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", ["further_pretrain_roberta.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "further_pretrain_roberta.py"), run_name="__main__")
+    assert exit.value.code == 2 and f"error: cannot write to {tmp_path}/run: " in capfd.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
+
+
 @pytest.mark.parametrize("fault", ["shape", "words"])
 def test_a_teacher_of_another_kind_is_refused(zygote, folders, corpus, tmp_path, fault):
     from transformers import RobertaForMaskedLM

@@ -448,7 +448,8 @@ def test_finetune_takes_over(runs, run, tmp_path, source):
     assert final["test/metric"] == final["test/accuracy"] == pytest.approx(scalars["test/accuracy"][0][1])
     wrote, then = done.stdout.strip().splitlines()[-2:]
     assert wrote.startswith(f"wrote {tmp_path}/run/model: test accuracy {final['test/accuracy']:.4f}, ")
-    assert f"t.pipeline('image-classification', '{tmp_path}/run/model')" in then
+    python, c, code = shlex.split(then)
+    assert (python, c) == ("python", "-c") and f't.pipeline("image-classification", "{tmp_path}/run/model")("a.png")' in code
     if source is None:
         assert scalars["losses/total"][-1][1] < 0.8 * scalars["losses/total"][0][1]
         assert final["test/accuracy"] > 0.3  # chance is 0.1
