@@ -704,7 +704,8 @@ if __name__ == "__main__":
             image_mean=processor.image_mean, image_std=processor.image_std)  # fmt: skip
         norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
         reading = (IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
-                   lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)))
+                   lambda kind: isinstance(kind, datasets.Image),
+                   partial(decode_all, size=SMALL.get(args.dataset, size)))  # fmt: skip
     else:
         fits = (getattr(config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in config.model_type)  # 2: no tokens
         processor.model_max_length = min(processor.model_max_length, fits - fits % 8, args.max_length)
