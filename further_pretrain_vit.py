@@ -340,7 +340,7 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
 
     inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # through links, nothing hidden
     files = [file for file in inside if file.is_file()] or [path]
-    ends = {file.suffix.lower() for file in files if file.stem != "metadata" or file == path}
+    ends = {file.suffix.lower() for file in files if file.name != "metadata.parquet" or file == path}
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
     if not kind:  # of other kinds, one runs what is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")

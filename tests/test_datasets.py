@@ -338,6 +338,11 @@ def test_what_lies_beside_the_data_is_not_the_data(script, tokenizer, tmp_path, 
     picture().save(tmp_path / "hub/preview.png")
     data, names = images_of(ft, ft.Args(dataset=str(tmp_path / "hub")), 16)
     assert [len(images) for images, _ in data.values()] == [12, 12] and names == ["x", "y"]
+    lay(tmp_path / "listed", ("6.jpg",))  # a list of images may be parquet too
+    listed = {"file_name": [f"{i}.jpg" for i in range(6)], "label": list("xyxyxy")}
+    datasets.Dataset.from_dict(listed).to_parquet(tmp_path / "listed/metadata.parquet")
+    data, names = images_of(script("further_pretrain_vit"), ft.Args(dataset=str(tmp_path / "listed")), 16, ("train",))
+    assert len(data["train"][0]) == 4 and names == ["x", "y"]
     datasets.Dataset.from_list(rows_of()).save_to_disk(tmp_path / "saved")
     datasets.load_from_disk(tmp_path / "saved").map(lambda row: row | {"length": len(row["text"])})
     assert list((tmp_path / "saved").glob("cache-*.arrow"))
