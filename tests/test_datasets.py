@@ -378,15 +378,16 @@ def test_only_the_top_of_a_folder_says_what_is_train_and_what_is_test(script, to
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_labels_of_a_list_of_images_count_where_the_library_reads_it(script, tmp_path, capsys, inside):
-    """A metadata.csv in the folder of each split is read with it; one beside the splits is not, which is said."""
+    """A metadata.jsonl in the folder of each split is read with it; one beside the splits is not, which is said. (A csv is
+    the same, but not for datasets 4.0 with pandas 3, whose strings it does not take for strings.)"""
     rows = [(f"{i}.jpg", "xy"[i % 2]) for i in range(4)]
     for split in ("train", "test"):
         (tmp_path / "d" / split).mkdir(parents=True)
         for name, _ in rows:
             picture().save(tmp_path / "d" / split / name)
-        lines = [f"{name if inside else f'{split}/{name}'},{label}\n" for name, label in rows]
+        lines = [{"file_name": name if inside else f"{split}/{name}", "label": label} for name, label in rows]
         place = tmp_path / "d" / split if inside else tmp_path / "d"
-        (place / "metadata.csv").write_text("file_name,label\n" + "".join(lines))
+        (place / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = script("further_pretrain_vit").read_files(tmp_path / "d", ("train", "test"))
     assert {split: len(part) for split, part in found.items()} == {"train": 4, "test": 4}
     assert "label" not in found["train"].features if not inside else list(found["train"]["label"]) == list("xyxy")
