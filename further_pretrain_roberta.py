@@ -317,10 +317,10 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
 
 
 def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
-    """The rows of `splits` (None for others) of a file, or of a folder's files of the first kind in KINDS that it has. A name
-    at its top (or at that of the one folder that holds all) says the split by a word of SPLITS: Test, seg_train, trainA,
-    test-00000-of-00002.parquet. No deeper one does: a class may be called test. If none says train, but some say nothing, all
-    is train."""
+    """The rows of `splits` (None for others) of a file, or of a folder's files of the first kind in KINDS that it has, but for
+    cache-*.arrow, which the library leaves. A name at its top (or at that of the one folder that holds all) says the split by
+    a word of SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. No deeper one does: a class may be called test. If
+    none says train, but some say nothing, all is train."""
 
     def said(name: str) -> str | None:
         words = {word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)}
@@ -332,7 +332,7 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
     if not kind:  # of other kinds, one runs what is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
-    images = kind == "imagefolder" and path.is_dir()  # the library leaves cache-*.arrow beside what it has read
+    images = kind == "imagefolder" and path.is_dir()
     ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
     beside = [file for file in files if images and file.stem == "metadata"]
     names = Path(os.path.commonpath([file.parent for file in ours + beside])).relative_to(path).parts if path.is_dir() else ()
