@@ -141,7 +141,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def interrupt(*_) -> NoReturn:
-    """Ctrl-C before the first step: end all processes at once, as an exception could wait for ever for those that decode."""
+    """A signal before the first step: end all processes. Those that decode would stay, or an exception might wait for them."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -201,7 +201,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
-        signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
         threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -7,8 +7,10 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -182,6 +184,21 @@ def test_ctrl_c_while_images_are_decoded_is_one_line(zygote, tmp_path):
     code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {"--steps": 2}, hook, str(tmp_path / "cache"))
     errors = [line for line in said.splitlines() if "error" in line.lower()]
     assert code == 1 and set(errors) == {"error: interrupted"} and "Traceback" not in said, said[-1500:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_images_are_decoded_leaves_no_process_behind(zygote, tmp_path, number):
+    """Those that decode wait for work, and would for ever, when the one that gives it is gone."""
+    hook = {"kind": "interrupt one", "at": 7, "decode": True, "signal": int(number)}
+    code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {"--steps": 2}, hook, str(tmp_path / "cache"))
+    assert code == 1 and "error: interrupted" in said and "Traceback" not in said, said[-1500:]
+    group = re.search(r"group (\d+)", said)[1]
+    for _ in range(100):
+        listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout.splitlines()
+        if not (left := [line for line in listed if line.split()[0] == group and "Z" not in line]):
+            break
+        time.sleep(0.1)
+    assert not left
     assert not (tmp_path / "run").exists()
 
 

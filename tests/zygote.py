@@ -46,6 +46,9 @@ def watch(hook: dict, passed: list[str], run_dir: str) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         if hook["kind"] == "interrupt":  # as Ctrl-C in a terminal: the workers that decode get it as well
             os.killpg(0, signal.SIGINT)
+        if hook["kind"] == "interrupt one":  # as `kill`, or a button: the process alone that leads the group
+            os.write(1, f"group {os.getpgrp()}\n".encode())
+            os.kill(os.getpgrp(), hook["signal"])
         if hook["kind"] == "delete":
             shutil.rmtree(run_dir)
         if hook["kind"] == "full":
@@ -92,7 +95,7 @@ def watch(hook: dict, passed: list[str], run_dir: str) -> None:
     transformers.PreTrainedModel.save_pretrained, PIL.Image.Image.resize = model_saved, resized
 
 
-def child(job: dict, report: int) -> None:
+def child(job: dict, report: Path) -> None:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -114,19 +117,17 @@ def child(job: dict, report: int) -> None:
             code = stopped.code
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(report, json.dumps(passed).encode())
+    report.write_text(json.dumps(passed))
     os._exit(code)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
-        read, write = os.pipe()
+        job = json.loads(line)
+        report = Path(job["log"] + ".passed")  # a file: a pipe would stay open in processes that a run leaves behind
         if (number := os.fork()) == 0:
-            os.close(read)
-            child(json.loads(line), write)
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            passed = pipe.read()
+            child(job, report)
         status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-        print(json.dumps({"code": status, "passed": json.loads(passed or "[]")}), flush=True)
+        passed = json.loads(report.read_text()) if report.exists() else []
+        print(json.dumps({"code": status, "passed": passed}), flush=True)
