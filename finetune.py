@@ -54,7 +54,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 SCRIPT = Path(__file__)
-# name: (Hub id, options, input column, label column, classes, train split, its rows, rows of the split "test")
+# name: (Hub id, options of load_dataset, input column, label column, number of classes, train split, train rows, test rows)
 IMAGE_SETS = {
     "mnist5k": (None, {}, "image", "label", 10, "train", 4000, 1000),
     "aircraft": ("HuggingFaceM4/FGVC-Aircraft", {"revision": "e18a7c97147c90dc7f4a60d74a7f4258e9264e97"}, "image", "variant",
@@ -66,7 +66,7 @@ IMAGE_SETS = {
     "flowers": ("Donghyun99/Oxford-Flower-102", {}, "image", "label", 102, "train+validation", 2040, 6149),
     "cifar100": ("uoft-cs/cifar100", {}, "img", "fine_label", 100, "train", 50000, 10000),
 }  # fmt: skip
-SMALL = {"mnist5k": 28, "cifar100": 32}  # kept at this size, and enlarged on the device: 50 times less memory than at 224
+SMALL = {"mnist5k": 28, "cifar100": 32}  # pixels a side as stored; enlarged on the device: at most 1/49 of the memory of 224
 TEXT_SETS = {
     "docstrings": (None, {}, "text", "label", 8, "train", 2000, 480),
     "chemprot": ("zapsdcn/chemprot", {}, "text", "label", 13, "train", 4169, 3469),
@@ -75,10 +75,10 @@ TEXT_SETS = {
     "twitter_emotion": ("cardiffnlp/tweet_eval", {"name": "emotion"}, "text", "label", 4, "train", 3257, 1421),
 }
 NAMES = [*IMAGE_SETS, *TEXT_SETS]
-METRICS = {"chemprot": "micro_f1", "docstrings": "accuracy"}  # what papers report; else images accuracy, texts macro_f1
-# What a flag left open becomes: the paper's set-up; for text (learning rate, warm-up) that of Gururangan et al. 2020, which it
-# follows; on the embedded sets a small run for a CPU, with few labels, since with many there is little left to gain
-# (5e-4, and for RecAdam a midpoint at 4 % of the steps, as in its authors' search: ours, not tuned).
+METRICS = {"chemprot": "micro_f1", "docstrings": "accuracy"}  # the papers' and ours; else images accuracy, texts macro_f1
+# Values of flags left at None: the paper's set-up (for text, learning rate and warm-up are those of Gururangan et al. 2020,
+# which the paper follows; *_every: ours); for the embedded sets a small run on a CPU, with few labels, since with many there
+# is little left to gain (ours, not tuned; RecAdam: a midpoint at 4 % of the steps, within the range of its authors' search).
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 10_000, "batch_size": 32, "learning_rate": 1e-4, "warmup_ratio": 0.05,
               "flip": True, "recadam_strength": 5000, "recadam_midpoint": 250,
@@ -97,8 +97,8 @@ LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "
 SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tensor(board|flow)\w*|scikit.?learn|sklearn|scipy"
                    r"|pandas|pd|numpy|np|hugging ?face\w*)\b", re.IGNORECASE)  # fmt: skip
 VISION = ("vit_mae", "vit")
-ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # Gururangan's for text
-HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
+ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # by `vision`; texts: Gururangan et al.'s
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # free on --resume
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
@@ -107,13 +107,13 @@ SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", 
 KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
     ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
-LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
+LABELS = ("label", "labels", "class", "target")  # usual names of the label column: the first one found is taken
 
 
 @dataclass
 class Args:
     dataset: str = "mnist5k"
-    """a name of the paper (cub, scierc, ...), the embedded mnist5k or docstrings, or what load_dataset reads: folder, id"""
+    """a data set of the paper (cub, ...), the embedded mnist5k or docstrings, or what load_dataset reads: folder, file, id"""
     model: str | None = None
     """starting weights, a Hub id or a folder in save_pretrained format; default by dataset"""
     run_dir: str | None = None
@@ -121,13 +121,13 @@ class Args:
     resume: bool = False
     """go on from the last complete checkpoint in --run-dir, or start there if it has none"""
     seed: int = 1
-    """of the order of the data and of all that is drawn at random"""
+    """of the data order, the choice of --max-train-samples and all draws in training; held-out splits do not depend on it"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """the layers: 20 seconds, a C compiler; auto: pre-training on images, one GPU, from 5,000 steps on (1.2 times as fast)"""
+    """torch.compile the layers (20 s, C compiler); auto: image pre-training, one GPU, from 5,000 steps (1.2 times as fast)"""
     batch_size: int | None = None
     """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -135,9 +135,9 @@ class Args:
     weight_decay: float = 0.01
     """AdamW's; not on biases and other 1-d parameters, such as those of layer norms"""
     warmup_ratio: float | None = None
-    """part of the steps in which the learning rate rises from 0; default by dataset"""
+    """fraction of the steps in which the learning rate rises from 0; default by dataset"""
     save_every: int | None = None
-    """steps between two checkpoints, 0 for none within a round; default by dataset"""
+    """steps between two checkpoints, 0 for none before the end (of a round); default by dataset"""
     eval_every: int | None = None
     """steps between two looks at the model (k-NN, pictures, words; scores with --validate), 0 for none; default by dataset"""
     log_every: int | None = None
@@ -147,7 +147,7 @@ class Args:
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
-    """column of the labels, in pre-training for the k-NN probe and to leave out a test tenth; default by usual names"""
+    """column of the labels, in pre-training for the k-NN probe and to hold out a test tenth; default by usual names"""
     debug: bool = False
     """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of fine-tuning
@@ -162,28 +162,28 @@ class Args:
     dropout: float = 0.1
     """on the hidden layers of a ViT, while training; a text model keeps its own"""
     max_grad_norm: float = 1.0
-    """longer gradients are cut to this length; 0 for no limit"""
+    """the gradient is clipped to this L2 norm; 0 for no limit"""
     flip: bool | None = None
-    """mirror half of the images, drawn afresh at each visit; default yes, but not for digits"""
+    """mirror each image with probability 1/2, drawn anew at each visit; default yes, but not for digits"""
     validate: bool = False
     """hold out a stratified tenth of train and score on it every --eval-every steps, not on test: to choose a setting by"""
-    # of the baselines; the numbers are those of the authors' code, unless their learning rate does not suit
+    # of the baselines; the defaults are from their authors' code, unless the help says otherwise
     recadam_strength: float | None = None
-    """gamma, of the pull to the pre-trained weights; times the learning rate at most 1; default by dataset: 5,000 in theirs"""
+    """gamma, strength of the pull to pre-trained weights; at most 1 / learning rate; default by dataset: 5,000 in theirs"""
     recadam_k: float = 0.5
     """steepness of the change from pull to fine-tuning"""
     recadam_midpoint: int | None = None
-    """t0, the step at which the two weigh the same; default by dataset: 250 in theirs"""
+    """t0, the step at which pull and fine-tuning weigh the same; default by dataset: 250 in theirs"""
     mars_gamma: float = 7.4
-    """radius of each row of a weight matrix; their search went from 1.6 to 33 and this is the middle on its log scale"""
+    """largest L1 distance of a row of weights from its start; they searched from 1.6 to 33, and this is the middle in logs"""
     mars_head_gamma: float = 7.4
     """the same for the new layer"""
     r3f_lambda: float = 1.0
     """weight of the divergence"""
     r3f_eps: float = 1e-5
-    """half width or deviation of the noise; too small for bf16 to see, and small beside --dropout, see docs/baselines.md"""
+    """half width (uniform) or deviation of the noise; too small for bf16, small beside --dropout, see docs/baselines.md"""
     r3f_noise: Literal["uniform", "normal"] = "uniform"
-    """its distribution"""
+    """distribution of the noise"""
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
@@ -191,13 +191,13 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stdout.flush()  # where both go into one file, what was said before comes first
+    sys.stdout.flush()  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def interrupt(*_) -> NoReturn:
-    """A signal before the first step: end all processes. Those that decode would stay, or an exception might wait for them."""
+    """A signal before the first step: end all processes. Else decoding workers might stay, or an exception wait for them."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -253,16 +253,16 @@ def resolve(args: Args) -> Args:
 
 
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
+    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
+        threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
+    datasets.logging.set_verbosity(50)  # explain() says what it would log in red
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
@@ -275,8 +275,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
         kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
         torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
-        sys.excepthook = hook  # before which torch has put its own
-        torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
+        sys.excepthook = hook  # in whose place init_process_group has put torch's
+        torch.distributed.broadcast_object_list(shared := [args])  # all take rank 0's, as the run directory's name may differ
         args = shared[0]
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
     bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
@@ -293,7 +293,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, save: Callable) -> None:
-    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never a half one."""
+    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never half written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save(temporary)
@@ -308,7 +308,7 @@ def write(path: Path, save: Callable) -> None:
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
-    """AdamW, with weight decay on no 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
+    """AdamW, without weight decay on 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -317,13 +317,13 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
+    """Copy to the device, from pinned memory, so that the CPU need not wait until the GPU has finished its earlier work."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
-    """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
+    """Means over the processes, and whether one of them got a signal. Waits for the device: called only to log or to save."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
         torch.distributed.all_reduce(values)
@@ -331,7 +331,7 @@ def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: 
     values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
         fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
-    return values, stopping > 0  # not bool(stop): of one mind, what came in later waits
+    return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
 
 # ------------------------------------------------------------------------------------------------ images, shared
@@ -360,7 +360,7 @@ def decode(row: dict, number: int, size: int) -> dict:
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     part, workers = part.cast_column("input", datasets.Image(decode=False)), min(os.cpu_count() or 1, len(part) // 2000)
-    # The cache's key: the library's own has the script's name in it, and each stage would decode anew (as it does the digits).
+    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
     part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
@@ -370,54 +370,54 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
 
 
 def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
-    """Row numbers (steps, B) of round t: permutations laid end to end, known from the seed alone, so nothing to resume."""
+    """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
     epochs = range(args.steps * args.batch_size // n + 1)
     order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
     return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
 
 
 def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
-    """Normalised pixels (B, 3, size, size) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
-    there = isinstance(images, torch.Tensor)  # on the device already
+    """Normalised pixels (B, 3, size, size) of some rows, on norm's device. norm: mean and deviation, (2, 3, 1, 1)."""
+    there = isinstance(images, torch.Tensor)  # (N, 3, s, s), on the device already
     batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
-    if batch.shape[-1] != size:  # small ones (SMALL) are kept small
+    if batch.shape[-1] != size:  # stored smaller, see SMALL
         batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
     return (batch / 255 - norm[0]) / norm[1]
 
 
 # ------------------------------------------------------------------------------------------------ texts, shared
 def docstrings(versions: str) -> Iterator[dict]:
-    """Paragraphs of docstrings in the installed sources, and the library of each: 250 a library for train, then 60, chosen and
-    ordered by sha256. Libraries' names read "it"; none is imported. versions: theirs, a part of the cache's key."""
+    """Paragraphs of docstrings in the installed sources, labelled by library: 250 of each for train, then 60 of each for test,
+    chosen and ordered by sha256. Library names become "it"; no library is imported. versions: part of the cache's key."""
     chosen = []
     for library in tqdm(LIBRARIES, desc="docstrings"):
         root, found = Path(importlib.util.find_spec(library).origin).parent, {}
         files = [path.relative_to(root) for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts)]
         for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
-            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():
+            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():  # 900: ours, to save time
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                         words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
                         prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
-                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":
+                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
                             found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
         chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
     yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
 
 
 def docstring_rows(split: str) -> datasets.Dataset:
-    """The embedded texts: built when a script first asks for them, in some ten seconds, then from the cache of `datasets`."""
+    """The embedded texts: built once by each script, in some ten seconds, then read from the cache of `datasets`."""
     versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
     rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
     return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
 
 
 def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
-    """Token ids, special ones included, (length,) each, in the cache of `datasets`; None for a training text of no others."""
+    """Token ids, (<= length,) a text, special ones included, cached by `datasets`; None for a training text of these alone."""
     length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
 
     def tokenize(batch: dict) -> dict:
-        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # what 100 MB of one text would cost is spared
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # ours: spares the rest of a text of 100 MB
         return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
 
     part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
@@ -430,8 +430,8 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
     n, rest, batches = len(lengths), len(lengths) % args.batch_size, []
     for epoch in range(args.epochs):
         rng = np.random.default_rng([args.seed, t, 0, epoch])
-        order = rng.permutation(n)  # the first few are the batch that is not full: of any length, each time others
-        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, our choice: each time with other texts
+        order = rng.permutation(n)  # the first `rest` are the batch that is not full: of any length, different in each epoch
+        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, ours: each time among other texts
         order[rest:] = order[rest:][noisy.argsort()]
         parts = np.split(order, range(rest or args.batch_size, n, args.batch_size))
         batches += [parts[i] for i in rng.permutation(len(parts))]
@@ -440,20 +440,20 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 
 # ------------------------------------------------------------------------------------------------ data, shared
 def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
-    """The rows of `splits` (None for others) of a file, or of a folder's files of the first kind in KINDS that it has, but for
-    cache-*.arrow, which the library leaves. A name at its top (or at that of the one folder that holds all) says the split by
-    a word of SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. No deeper one does: a class may be called test. If
-    none says train, but some say nothing, all is train."""
+    """{split: its rows, None if not in `splits`} of a file, or of a folder's files of one kind, the first in KINDS it has,
+    without cache-*.arrow, which `datasets` leaves there. What lies at the top (of the path, or of the one folder that holds
+    all) is of the split that a word of its name says, see SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. Names
+    deeper down do not count: a class may be called test. If no name says train, but some say no split, all is train."""
 
     def said(name: str) -> str | None:
         words = {word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)}
         return next((split for split in SPLITS if words & SPLITS[split]), None)
 
-    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # through links, nothing hidden
+    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # follows links, skips hidden files
     files = [file for file in inside if file.is_file()] or [path]
     ends = {file.suffix.lower() for file in files if file.name != "metadata.parquet" or file == path}
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
-    if not kind:  # of other kinds, one runs what is in the file
+    if not kind:  # no other kinds: to read one of them runs code that is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
     images = kind == "imagefolder" and path.is_dir()
     ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
@@ -470,9 +470,9 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
         parts.setdefault(split, set()).add(top / first if images else file)
     if images and parts.keys() == {None, "train"} and any(part.is_dir() for part in parts[None]):
         raise ValueError("its folder train lies beside others of images: if it is a class, call it otherwise, else move them")
-    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+    if "train" not in parts and None in parts:  # images: the folder, as the library reads labels off names in it
         parts = {"train": {top} if images else set().union(*parts.values())}
-    # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
+    # In a csv NA and None are words, and a label stays as written: 001 is not 1, nor True true, whatever other cells hold.
     written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
     flags = {"csv": {"keep_default_na": False, "na_values": [""], "converters": written}, "text": {"encoding": "utf-8-sig"}}
     data, read = {split: None for split in SPLITS if split in parts}, 0
@@ -487,10 +487,10 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
 
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
-    """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
-    embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
-    column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
-    Without a test split a tenth of labelled train (one of each class, if that is more) becomes one, always the same."""
+    """{split: (N samples, labels (N,) int or None)}, and the class names, of a data set's name, a path or a Hub id.
+    embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
+    of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
+    tenth of labelled train (as many samples as there are classes, if that is more) becomes "test", always the same."""
     name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
@@ -510,15 +510,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # not commas
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
-            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
+            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: hidden, on the Hub
         kind = str(getattr(part.features.get(label), "dtype", "list"))
         kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
-        if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
+        if label and (None in labels or kind.startswith(("list", "float"))):  # missing, several in a row, or a score
             print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
                   f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
             label, labels = None, []
@@ -551,8 +551,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
 
 
 def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any; without a size the second is a tenth, or one
-    of each class. A train_size of samples is drawn without strata if a class has one sample, or the rest not one of each."""
+    """Two disjoint parts (samples, labels), seeded, stratified by the labels, if any. Without a size the second has a tenth,
+    or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
     mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
@@ -563,7 +563,7 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
 
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str, config, names: list[str], dropout: float) -> tuple[PreTrainedModel, str, list[str]]:
-    """The encoder of `source` under a new classifier, in fp32; a line on what was loaded, is new, was left out; new names."""
+    """Encoder of `source` with a classifier, new unless of the same classes, fp32; a line on it; names of the new weights."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": None}
     with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors works"):
         if config.model_type in VISION:
@@ -578,10 +578,10 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 source, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True,
                 trust_remote_code=False, **labels)  # fmt: skip
-    # A classifier of other classes begins anew. In transformers 5 its keys come with both shapes.
+    # A classifier with another number of classes starts anew. In transformers 5 each of its keys comes with both shapes.
     other_shape = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new, unused = sorted({*info["missing_keys"], *other_shape}), sorted(info["unexpected_keys"])
-    body = model.base_model_prefix + "."  # what both have: all of it must be there, but what serves one of two tasks
+    body = model.base_model_prefix + "."  # the shared encoder: all of it must be there, except what one task alone uses
     if lost := [key for key in new + unused if key.startswith(body) and not re.search("pooler|mask_token|funnel.dec", key)]:
         fail(f"the weights of {source} do not fit a {model.config.model_type} of its configuration: {lost[:3]}")
     if not new and [*map(str, config.id2label.values())] != names:  # as many classes, but others
@@ -613,10 +613,10 @@ def recadam(anchors, before, rate: float, step: int, args: Args) -> None:
 
         theta <- before + lambda * (AdamW's step) - rate * (1 - lambda) * gamma * (before - pretrained)
 
-    lambda = 1 / (1 + exp(-k (step - t0))): first the weights are held, then set free. The pull stays out of the moments. The
-    new layer has nothing to be pulled to. The authors' code starts at random, pulls weights already moved, decays in full.
-    """
-    weight = 1 / (1 + np.exp(min(-args.recadam_k * (step - args.recadam_midpoint), 700)))
+    lambda = 1 / (1 + exp(-k (step - t0))): the weights are first held, then freed. The pull stays out of Adam's moments. The
+    new layer takes AdamW's step alone. The authors' code, unlike this, starts from random weights, pulls weights that Adam has
+    already moved, and does not scale weight decay by lambda."""
+    weight = 1 / (1 + np.exp(min(-args.recadam_k * (step - args.recadam_midpoint), 700)))  # lambda; exp(710) overflows
     for (p, pretrained, new), old in zip(anchors, before, strict=True):
         if not new:
             p.lerp_(old, 1 - weight).sub_(old - pretrained, alpha=rate * (1 - weight) * args.recadam_strength)
@@ -624,20 +624,20 @@ def recadam(anchors, before, rate: float, step: int, args: Args) -> None:
 
 def mars(anchors, args: Args) -> None:
     """MARS (Gouk et al. 2021, https://arxiv.org/abs/2002.08253), after each step: in no row of a weight matrix may the sum of
-    |W - W_0| exceed gamma. A row beyond is shortened, W_0 + (W - W_0) * gamma / sum, as in the authors' code; convolutions are
-    matrices of one row an output channel; the new layer has its own gamma around its random start.
+    |W - W_0| exceed gamma. A row beyond is shortened, W_0 + (W - W_0) * gamma / sum, as in the authors' code; a convolution
+    is a matrix of one row for each output channel; the new layer has its own gamma around its random start.
     """
     for p, start, new in anchors:
         if p.ndim in (2, 4):
             gamma = args.mars_head_gamma if new else args.mars_gamma
-            sums = torch.linalg.vector_norm(p - start, ord=1, dim=tuple(range(1, p.ndim)), keepdim=True)  # one a row
+            sums = torch.linalg.vector_norm(p - start, ord=1, dim=tuple(range(1, p.ndim)), keepdim=True)  # one for each row
             p.lerp_(start, (sums - gamma).clamp(min=0) / sums.clamp(min=1e-12))  # by 0 within the ball: not a bit is changed
 
 
 def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) -> torch.Tensor:
     """R3F (Aghajanyan et al. 2021, https://arxiv.org/abs/2008.03156, equations 3, 4): KL(p || q) + KL(q || p), summed over the
-    batch, of the predictions p and of q, those for noised embeddings of tokens or patches. As in the authors' code, both have
-    a gradient and their own dropout, but the noised embeddings are constants."""
+    batch; p: predictions from logits (B, classes), q: from noised embeddings of tokens or patches. As in the authors'
+    code, both have a gradient and their own dropout, but the noised embeddings are constants."""
 
     def noised(module, _, embeddings):
         noise = torch.empty_like(embeddings)
@@ -646,14 +646,14 @@ def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) 
 
     encoder = model.base_model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     with encoder.get_input_embeddings().register_forward_hook(noised):
-        q = model(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes)
-    p = logits.log_softmax(dim=-1)
+        q = model(**inputs).logits.float().log_softmax(dim=-1)  # (B, classes), log-probabilities
+    p = logits.log_softmax(dim=-1)  # the same
     return kl_div(q, p, reduction="sum", log_target=True) + kl_div(p, q, reduction="sum", log_target=True)
 
 
 def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step, count, args) -> dict[str, torch.Tensor]:
     """One step of fine-tuning. inputs: pixels (B, 3, H, W), or token ids and attention mask (B, L) each; targets: (B,) class
-    numbers; anchors: (weights, their start, whether they are new) each; count: samples of the whole batch / processes."""
+    numbers; anchors: (weights, their start, whether new) each; step: from 1; count: samples of the whole batch / processes."""
     losses, before = {}, [p.detach().clone() for p, _, _ in anchors] if args.method == "recadam" else []
     with autocast:
         logits = model(**inputs).logits.float()
@@ -688,7 +688,7 @@ if __name__ == "__main__":
     if odd := [key for key in (("epochs",) if vision else ("steps", "flip")) if getattr(args, key) is not None]:
         fail(f"--{odd[0]} is for {'texts' if vision else 'images'}, but {named} reads {'images' if vision else 'texts'}")
     if not vision:
-        RECIPES["paper"] = RECIPES["text"]
+        RECIPES["paper"] = RECIPES["text"]  # what resolve() falls back on
         vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
         if not vocabulary // 2 <= len(processor) <= vocabulary or processor.pad_token_id is None:
             fail(f"{named}: a tokenizer of {len(processor)} tokens (padding: {processor.pad_token}) does not go with a "
@@ -703,14 +703,14 @@ if __name__ == "__main__":
         processor = transformers.ViTImageProcessor(  # which does as decode and take do, whatever else the source's did
             size={"height": size, "width": size}, resample=Image.Resampling.BILINEAR.value,
             image_mean=processor.image_mean, image_std=processor.image_std)  # fmt: skip
-        norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
+        norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]  # (2, 3, 1, 1)
         reading = (IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
                    lambda kind: isinstance(kind, datasets.Image),
                    partial(decode_all, size=SMALL.get(args.dataset, size)))  # fmt: skip
     else:
-        fits = (getattr(config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in config.model_type)  # 2: no tokens
+        fits = (getattr(config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in config.model_type)  # 2 are unused
         processor.model_max_length = min(processor.model_max_length, fits - fits % 8, args.max_length)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
+        torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 cuDNN plans anew for each new length, 0.1 s a step
         reading = (TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
                    partial(tokenize_all, tokenizer=processor, length=args.max_length))  # fmt: skip
     with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
@@ -782,7 +782,7 @@ if __name__ == "__main__":
         rows = batches[step][rank::world]
         batch = inputs(train, rows)
         if vision and args.flip:
-            mirrored = upload(rng.random(args.batch_size)[rank::world] < 0.5, device)[:, None, None, None]
+            mirrored = upload(rng.random(args.batch_size)[rank::world] < 0.5, device)[:, None, None, None]  # True: mirror
             batch["pixel_values"] = torch.where(mirrored, batch["pixel_values"].flip(3), batch["pixel_values"])
         count = len(batches[step]) / world
         target = upload(labels[rows], device)
@@ -790,7 +790,7 @@ if __name__ == "__main__":
         losses = update(parallel, optimizer, scheduler, batch, target, autocast, anchors, step + 1, count, args)
         done = step + 1
         save = done % total_steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
-        if save or done % args.log_every == 0:  # the only place where we wait for the GPU
+        if save or done % args.log_every == 0:  # apart from looks and new rounds, the only wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
             values, stopping = average(losses, done, stop, world)
             save = save or stopping

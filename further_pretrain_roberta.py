@@ -1,5 +1,5 @@
-# Read update() first, then the loop: what is above THE METHOD serves it. diff further_pretrain_roberta.py
-# self_distill_roberta.py is the paper's algorithm. Documentation: README.md, "One file, one stage".
+# Read update() first, then the loop below it; what is above THE METHOD serves these two. The paper's algorithm is what
+# diff further_pretrain_roberta.py self_distill_roberta.py shows. Documentation: README.md, "One file, one stage".
 """Further pre-training of a RoBERTa on unlabelled texts by masked language modelling.
 
 Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 SCRIPT = Path(__file__)
-# name: (Hub id, options, input column, label column, classes, train split, its rows, rows of the split "test")
+# name: (Hub id, options of load_dataset, input column, label column, number of classes, train split, train rows, test rows)
 TEXT_SETS = {
     "docstrings": (None, {}, "text", "label", 8, "train", 2000, 480),
     "chemprot": ("zapsdcn/chemprot", {}, "text", "label", 13, "train", 4169, 3469),
@@ -55,15 +55,15 @@ TEXT_SETS = {
     "twitter_emotion": ("cardiffnlp/tweet_eval", {"name": "emotion"}, "text", "label", 4, "train", 3257, 1421),
 }
 NAMES = list(TEXT_SETS)
-# What a flag left open becomes: the paper's set-up (in its place Gururangan et al. 2020, where the paper follows them), and
-# on the embedded docstrings a small run for a CPU (5e-4: ours, not tuned).
+# Values of flags left at None: the paper's set-up (Gururangan et al.'s of 2020 where it follows them; *_every: ours), and
+# for the embedded docstrings a small run on a CPU (ours, not tuned).
 RECIPES = {
     "paper": {"model": "FacebookAI/roberta-base", "epochs": 100, "batch_size": 128, "learning_rate": 1e-4,
               "warmup_ratio": 0.06, "save_every": 2000, "eval_every": 500, "log_every": 50},
     "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "epochs": 3, "batch_size": 32,
                    "learning_rate": 5e-4, "save_every": 100, "eval_every": 160, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # free on --resume
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
@@ -72,8 +72,8 @@ SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", 
 KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
     ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
-LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
-KNN_TEXTS = 2000  # texts that the k-NN probe looks at: enough to see a trend, cheap beside the training
+LABELS = ("label", "labels", "class", "target")  # usual names of the label column: the first one found is taken
+KNN_TEXTS = 2000  # texts that the k-NN probe looks at (ours): enough to see a trend, cheap beside the training
 # The six of requirements.txt that have enough prose (tyro and mlxtend do not), and two that those require.
 LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "torchvision", "transformers")
 SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tensor(board|flow)\w*|scikit.?learn|sklearn|scipy"
@@ -83,7 +83,7 @@ SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tens
 @dataclass
 class Args:
     dataset: str = "docstrings"
-    """a name of the paper (scierc, ...), the embedded docstrings, or what load_dataset reads: folder, file, Hub id"""
+    """a data set of the paper (scierc, ...), the embedded docstrings, or what load_dataset reads: folder, file, Hub id"""
     model: str | None = None
     """starting weights, a Hub id or a folder in save_pretrained format; default by dataset"""
     run_dir: str | None = None
@@ -91,13 +91,13 @@ class Args:
     resume: bool = False
     """go on from the last complete checkpoint in --run-dir, or start there if it has none"""
     seed: int = 1
-    """of the order of the data and of all that is drawn at random"""
+    """of the data order, the choice of --max-train-samples and all draws in training; held-out splits do not depend on it"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """the layers: 20 seconds, a C compiler; auto: pre-training on images, one GPU, from 5,000 steps on (1.2 times as fast)"""
+    """torch.compile the layers (20 s, C compiler); auto: image pre-training, one GPU, from 5,000 steps (1.2 times as fast)"""
     batch_size: int | None = None
     """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -105,9 +105,9 @@ class Args:
     weight_decay: float = 0.01
     """AdamW's; not on biases and other 1-d parameters, such as those of layer norms"""
     warmup_ratio: float | None = None
-    """part of the steps in which the learning rate rises from 0; default by dataset"""
+    """fraction of the steps in which the learning rate rises from 0; default by dataset"""
     save_every: int | None = None
-    """steps between two checkpoints, 0 for none within a round; default by dataset"""
+    """steps between two checkpoints, 0 for none before the end (of a round); default by dataset"""
     eval_every: int | None = None
     """steps between two looks at the model (k-NN, pictures, words; scores with --validate), 0 for none; default by dataset"""
     log_every: int | None = None
@@ -117,14 +117,14 @@ class Args:
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
-    """column of the labels, in pre-training for the k-NN probe and to leave out a test tenth; default by usual names"""
+    """column of the labels, in pre-training for the k-NN probe and to hold out a test tenth; default by usual names"""
     debug: bool = False
     """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of masked language modelling
     epochs: int | None = None
     """passes over the texts, in each round if there are several; default by dataset: 100 in the paper"""
     mlm_probability: float = 0.15
-    """part of the tokens to predict: 80 % of them are masked, 10 % replaced at random, 10 % left as they are"""
+    """fraction of the tokens to predict: 80 % of these are masked, 10 % replaced at random, 10 % left as they are"""
     max_length: int = 512
     """tokens of a text, the rest is cut off; never more than the model takes"""
 
@@ -134,13 +134,13 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stdout.flush()  # where both go into one file, what was said before comes first
+    sys.stdout.flush()  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def interrupt(*_) -> NoReturn:
-    """A signal before the first step: end all processes. Those that decode would stay, or an exception might wait for them."""
+    """A signal before the first step: end all processes. Else decoding workers might stay, or an exception wait for them."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -196,16 +196,16 @@ def resolve(args: Args) -> Args:
 
 
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
+    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
+        threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
+    datasets.logging.set_verbosity(50)  # explain() says what it would log in red
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
@@ -218,8 +218,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
         kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
         torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
-        sys.excepthook = hook  # before which torch has put its own
-        torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
+        sys.excepthook = hook  # in whose place init_process_group has put torch's
+        torch.distributed.broadcast_object_list(shared := [args])  # all take rank 0's, as the run directory's name may differ
         args = shared[0]
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
     bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
@@ -236,7 +236,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, save: Callable) -> None:
-    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never a half one."""
+    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never half written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save(temporary)
@@ -251,7 +251,7 @@ def write(path: Path, save: Callable) -> None:
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
-    """AdamW, with weight decay on no 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
+    """AdamW, without weight decay on 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -260,13 +260,13 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
+    """Copy to the device, from pinned memory, so that the CPU need not wait until the GPU has finished its earlier work."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
-    """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
+    """Means over the processes, and whether one of them got a signal. Waits for the device: called only to log or to save."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
         torch.distributed.all_reduce(values)
@@ -274,42 +274,42 @@ def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: 
     values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
         fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
-    return values, stopping > 0  # not bool(stop): of one mind, what came in later waits
+    return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
 
 # ------------------------------------------------------------------------------------------------ texts, shared
 def docstrings(versions: str) -> Iterator[dict]:
-    """Paragraphs of docstrings in the installed sources, and the library of each: 250 a library for train, then 60, chosen and
-    ordered by sha256. Libraries' names read "it"; none is imported. versions: theirs, a part of the cache's key."""
+    """Paragraphs of docstrings in the installed sources, labelled by library: 250 of each for train, then 60 of each for test,
+    chosen and ordered by sha256. Library names become "it"; no library is imported. versions: part of the cache's key."""
     chosen = []
     for library in tqdm(LIBRARIES, desc="docstrings"):
         root, found = Path(importlib.util.find_spec(library).origin).parent, {}
         files = [path.relative_to(root) for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts)]
         for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
-            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():
+            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():  # 900: ours, to save time
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                         words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
                         prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
-                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":
+                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
                             found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
         chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
     yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
 
 
 def docstring_rows(split: str) -> datasets.Dataset:
-    """The embedded texts: built when a script first asks for them, in some ten seconds, then from the cache of `datasets`."""
+    """The embedded texts: built once by each script, in some ten seconds, then read from the cache of `datasets`."""
     versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
     rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
     return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
 
 
 def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
-    """Token ids, special ones included, (length,) each, in the cache of `datasets`; None for a training text of no others."""
+    """Token ids, (<= length,) a text, special ones included, cached by `datasets`; None for a training text of these alone."""
     length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
 
     def tokenize(batch: dict) -> dict:
-        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # what 100 MB of one text would cost is spared
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # ours: spares the rest of a text of 100 MB
         return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
 
     part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
@@ -318,20 +318,20 @@ def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokeni
 
 
 def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
-    """The rows of `splits` (None for others) of a file, or of a folder's files of the first kind in KINDS that it has, but for
-    cache-*.arrow, which the library leaves. A name at its top (or at that of the one folder that holds all) says the split by
-    a word of SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. No deeper one does: a class may be called test. If
-    none says train, but some say nothing, all is train."""
+    """{split: its rows, None if not in `splits`} of a file, or of a folder's files of one kind, the first in KINDS it has,
+    without cache-*.arrow, which `datasets` leaves there. What lies at the top (of the path, or of the one folder that holds
+    all) is of the split that a word of its name says, see SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. Names
+    deeper down do not count: a class may be called test. If no name says train, but some say no split, all is train."""
 
     def said(name: str) -> str | None:
         words = {word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)}
         return next((split for split in SPLITS if words & SPLITS[split]), None)
 
-    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # through links, nothing hidden
+    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # follows links, skips hidden files
     files = [file for file in inside if file.is_file()] or [path]
     ends = {file.suffix.lower() for file in files if file.name != "metadata.parquet" or file == path}
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
-    if not kind:  # of other kinds, one runs what is in the file
+    if not kind:  # no other kinds: to read one of them runs code that is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
     images = kind == "imagefolder" and path.is_dir()
     ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
@@ -348,9 +348,9 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
         parts.setdefault(split, set()).add(top / first if images else file)
     if images and parts.keys() == {None, "train"} and any(part.is_dir() for part in parts[None]):
         raise ValueError("its folder train lies beside others of images: if it is a class, call it otherwise, else move them")
-    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+    if "train" not in parts and None in parts:  # images: the folder, as the library reads labels off names in it
         parts = {"train": {top} if images else set().union(*parts.values())}
-    # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
+    # In a csv NA and None are words, and a label stays as written: 001 is not 1, nor True true, whatever other cells hold.
     written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
     flags = {"csv": {"keep_default_na": False, "na_values": [""], "converters": written}, "text": {"encoding": "utf-8-sig"}}
     data, read = {split: None for split in SPLITS if split in parts}, 0
@@ -365,10 +365,10 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
 
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
-    """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
-    embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
-    column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
-    Without a test split a tenth of labelled train (one of each class, if that is more) becomes one, always the same."""
+    """{split: (N samples, labels (N,) int or None)}, and the class names, of a data set's name, a path or a Hub id.
+    embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
+    of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
+    tenth of labelled train (as many samples as there are classes, if that is more) becomes "test", always the same."""
     name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
@@ -388,15 +388,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # not commas
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
-            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
+            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: hidden, on the Hub
         kind = str(getattr(part.features.get(label), "dtype", "list"))
         kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
-        if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
+        if label and (None in labels or kind.startswith(("list", "float"))):  # missing, several in a row, or a score
             print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
                   f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
             label, labels = None, []
@@ -429,8 +429,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
 
 
 def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any; without a size the second is a tenth, or one
-    of each class. A train_size of samples is drawn without strata if a class has one sample, or the rest not one of each."""
+    """Two disjoint parts (samples, labels), seeded, stratified by the labels, if any. Without a size the second has a tenth,
+    or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
     mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
@@ -444,8 +444,8 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
     n, rest, batches = len(lengths), len(lengths) % args.batch_size, []
     for epoch in range(args.epochs):
         rng = np.random.default_rng([args.seed, t, 0, epoch])
-        order = rng.permutation(n)  # the first few are the batch that is not full: of any length, each time others
-        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, our choice: each time with other texts
+        order = rng.permutation(n)  # the first `rest` are the batch that is not full: of any length, different in each epoch
+        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, ours: each time among other texts
         order[rest:] = order[rest:][noisy.argsort()]
         parts = np.split(order, range(rest or args.batch_size, n, args.batch_size))
         batches += [parts[i] for i in rng.permutation(len(parts))]
@@ -453,7 +453,7 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 
 
 def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng: np.random.Generator) -> tuple:
-    """Masked copy of ids (B, L), and True where they are to be predicted: 80 % become <mask>, 10 % another token, 10 % stay.
+    """Masked copy of ids (B, L); (B, L), True: to be predicted. Of these 80 % become <mask>, 10 % a random token, 10 % stay.
     plain: (vocabulary,), True for ordinary tokens; special ones and padding are neither chosen nor put in place of others."""
     chosen, how = (rng.random(ids.shape) < share) & plain[ids], rng.random(ids.shape)
     masked = np.where(chosen & (how < 0.8), mask, ids)
@@ -462,9 +462,9 @@ def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng
 
 
 def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None, rank=0, world=1) -> dict:
-    """Some texts padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also a masked copy,
-    `where` (M,), the flat positions to predict; tokens, texts: how many the whole batch has of them, divided by `world`.
-    Each takes every world-th text, after the masks are drawn for the whole batch, so that they do not depend on it."""
+    """Texts `rows` padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also masked (B, L),
+    where (M,), positions in B * L to predict; tokens (to predict) and texts: their numbers in the whole batch, / world.
+    Masks are drawn for the whole batch, so that they do not depend on world; then each process takes every world-th text."""
     first = [k for k in (tokenizer.cls_token_id, tokenizer.bos_token_id) if k is not None]  # XLM's texts begin with the latter
     ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], True, tokenizer.pad_token_id).numpy()  # (B, L)
     attention = (np.arange(ids.shape[1]) < [[len(texts[i])] for i in rows]).astype(np.int64)  # 1: a token, 0: padding
@@ -480,7 +480,7 @@ def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=
 
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A masked language model of any kind, from safetensors, in fp32, with no weight missing; and its tokenizer."""
+    """A masked language model, any encoder, from safetensors, in fp32, with no weight missing; and its tokenizer."""
     with explain(f"cannot load model {source}", "a masked language model's folder with tokenizer can be given instead"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForMaskedLM.from_pretrained(
@@ -495,17 +495,17 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         fail(f"the tokenizer of {source} has no mask or padding token, or puts no start token before a text, but {told}")
     if model.config.is_encoder_decoder or given.keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
         fail(f"{source} ({model.config.model_type}) is not an encoder of token ids and an attention mask, and of nothing else")
-    if not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:  # some round it up
+    if not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:  # some models round it up; 1 %: ours
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {vocabulary}")
     fits = (getattr(model.config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in model.config.model_type)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)  # RoBERTa has 2 that are not for tokens
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans for each new length anew, 0.1 s a step
+    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)  # some positions take no token, RoBERTa's: 2
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 cuDNN plans anew for each new length, 0.1 s a step
     return model.float(), tokenizer  # fp32, whatever precision the file is in
 
 
 def masked_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Vocabulary logits (M, V) at the masked tokens alone, of any masked language model: its head is the larger half of the
-    work, so it is handed their hidden states and no others, by a hook between the encoder and what comes after it."""
+    """Vocabulary logits (M, V) at the tokens to predict alone, of any masked language model: its head (a third of the work in
+    RoBERTa-base, over half in the tiny model) gets only their hidden states, by a hook between the encoder and the head."""
 
     def gather(module, inputs, output):
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[batch["where"]][None]  # (1, M, D)
@@ -516,7 +516,7 @@ def masked_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tor
 
 
 def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representation: str = "cls") -> torch.Tensor:
-    """Final hidden states (B, D) at <s> (or what the tokenizer has in its place) of unmasked texts. Or the tokens' mean."""
+    """Final hidden states (B, D), fp32, of unmasked texts at <s> (or its counterpart), or the mean over all their tokens."""
     hidden = model.base_model(input_ids=batch["ids"], attention_mask=batch["attention"]).last_hidden_state  # (B, L, D)
     if representation == "cls":
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["start"]].float()
@@ -526,19 +526,19 @@ def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representatio
 
 @torch.no_grad()
 def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, representation: str = "cls") -> torch.Tensor:
-    """Vectors (N, D) of all texts, in eval mode."""
+    """Vectors (N, D) of all texts, in eval mode, 128 at a time (ours); the model is left in training mode."""
     model.eval()
-    order = np.argsort([len(ids) for ids in texts], kind="stable")
+    order = np.argsort([len(ids) for ids in texts], kind="stable")  # similar lengths together: less padding
     parts = np.split(order, range(128, len(order), 128))
     with autocast:
         vectors = torch.cat([encode(model, collate(texts, rows, tokenizer, model.device), representation) for rows in parts])
     model.train()
-    return vectors[torch.from_numpy(order.argsort()).to(vectors.device)]
+    return vectors[torch.from_numpy(order.argsort()).to(vectors.device)]  # in the order of `texts`
 
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
-    """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), of every s-th sample,
-    s being labels / N rounded up (rows may be sorted by class); labels: of all."""
+    """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors: (N, D), of every s-th
+    sample, where s is len(labels) / N rounded up (rows may be sorted by class); labels: of all samples."""
     y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
     vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
@@ -547,13 +547,13 @@ def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> floa
 
 @torch.no_grad()
 def look(model: PreTrainedModel, texts: list[np.ndarray], tokenizer, plain, share: float, autocast) -> tuple[float, str]:
-    """Share of the masked tokens of some texts (always the same masks) that the model gets right, in eval mode; a table."""
+    """Share of the tokens to predict (masks always the same) that the model gets right, in eval mode; a table of 8 texts."""
     model.eval()
     batch = collate(texts, range(len(texts)), tokenizer, model.device, plain, share, np.random.default_rng(0))
     with autocast:
         top = masked_logits(model, batch).topk(3).indices.cpu()  # (M, 3)
     model.train()
-    truth, row = batch["ids"].flatten()[batch["where"]].cpu(), batch["where"].cpu() // batch["ids"].shape[1]
+    truth, row = batch["ids"].flatten()[batch["where"]].cpu(), batch["where"].cpu() // batch["ids"].shape[1]  # (M,)
     table = "|masked text|truth: the model's top 3|\n|-|-|\n"
     for b, ids in enumerate(batch["masked"][:8]):
         told = [[tokenizer.decode([k]) for k in (truth[m], *top[m])] for m in torch.where(row == b)[0]]
@@ -584,13 +584,13 @@ if __name__ == "__main__":
         data, names = load_data(
             args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
             partial(tokenize_all, tokenizer=tokenizer, length=args.max_length), ("train",))  # fmt: skip
-    texts, labels = data["train"]  # pre-training sees the train split alone, and labels in its probe alone
+    texts, labels = data["train"]  # the train split alone: N of (length,); labels (N,) or None, now for the probe only
     n, lengths = len(texts), np.array([len(ids) for ids in texts])
     if 0 < n % args.batch_size < world:
         fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     vocabulary = len(model.get_input_embeddings().weight)
-    plain = np.isin(np.arange(vocabulary), list(words))  # (vocabulary,): the tokens that may be masked
+    plain = np.isin(np.arange(vocabulary), list(words))  # (vocabulary,), True: may be masked, or replace another
     model.to(device).train()
     with explain(f"{args.model} does not run on these texts", "--precision fp32 or a smaller --max-length may help"):
         look(model, [texts[lengths.argmax()]], tokenizer, plain, 1.0, autocast)  # before anything is written
@@ -620,7 +620,7 @@ if __name__ == "__main__":
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels), 0)
     order = batches_of_epochs(args, 0, lengths)
-    optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)
+    optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)  # Gururangan's
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
@@ -639,7 +639,7 @@ if __name__ == "__main__":
         losses = update(parallel, optimizer, scheduler, batch, autocast)
         done = step + 1
         save = done % steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
-        if save or done % args.log_every == 0:  # the only place where we wait for the GPU
+        if save or done % args.log_every == 0:  # apart from looks and new rounds, the only wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.base_model.parameters()).detach() - init).norm()
             values, stopping = average(losses, done, stop, world)
             save = save or stopping

@@ -1,5 +1,5 @@
-# Read update() first, then the loop: what is above THE METHOD serves it. diff further_pretrain_vit.py self_distill_vit.py is
-# the paper's algorithm. Documentation: README.md, "One file, one stage".
+# Read update() first, then the loop below it; what is above THE METHOD serves these two. The paper's algorithm is what
+# diff further_pretrain_vit.py self_distill_vit.py shows. Documentation: README.md, "One file, one stage".
 """Further pre-training of a ViT on unlabelled images by masked auto-encoding.
 
 Algorithm 2 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): start from a
@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 SCRIPT = Path(__file__)
-# name: (Hub id, options, input column, label column, classes, train split, its rows, rows of the split "test")
+# name: (Hub id, options of load_dataset, input column, label column, number of classes, train split, train rows, test rows)
 IMAGE_SETS = {
     "mnist5k": (None, {}, "image", "label", 10, "train", 4000, 1000),
     "aircraft": ("HuggingFaceM4/FGVC-Aircraft", {"revision": "e18a7c97147c90dc7f4a60d74a7f4258e9264e97"}, "image", "variant",
@@ -62,15 +62,15 @@ IMAGE_SETS = {
     "cifar100": ("uoft-cs/cifar100", {}, "img", "fine_label", 100, "train", 50000, 10000),
 }  # fmt: skip
 NAMES = list(IMAGE_SETS)
-SMALL = {"mnist5k": 28, "cifar100": 32}  # kept at this size, and enlarged on the device: 50 times less memory than at 224
-# What a flag left open becomes: the paper's set-up, and on the embedded digits a small run for a CPU (5e-4: ours, not tuned).
+SMALL = {"mnist5k": 28, "cifar100": 32}  # pixels a side as stored; enlarged on the device: at most 1/49 of the memory of 224
+# Values of flags left at None: the paper's set-up (*_every: ours), and for the digits a small run on a CPU (ours, not tuned).
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-4,
               "warmup_ratio": 0.0, "save_every": 5000, "eval_every": 2500, "log_every": 100},
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 100, "learning_rate": 5e-4,
                 "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # on --resume
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # free on --resume
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
@@ -79,14 +79,14 @@ SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", 
 KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"), "imagefolder") | {
     ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # fmt: skip
-LABELS = ("label", "labels", "class", "target")  # columns that are taken for the labels
-KNN_IMAGES = 2000  # images that the k-NN probe looks at: enough to see a trend, cheap beside the training
+LABELS = ("label", "labels", "class", "target")  # usual names of the label column: the first one found is taken
+KNN_IMAGES = 2000  # images that the k-NN probe looks at (ours): enough to see a trend, cheap beside the training
 
 
 @dataclass
 class Args:
     dataset: str = "mnist5k"
-    """a name of the paper (aircraft, cub, ...), the embedded mnist5k, or what load_dataset reads: folder, file, Hub id"""
+    """a data set of the paper (aircraft, cub, ...), the embedded mnist5k, or what load_dataset reads: folder, file, Hub id"""
     model: str | None = None
     """starting weights, a Hub id or a folder in save_pretrained format; default by dataset"""
     run_dir: str | None = None
@@ -94,13 +94,13 @@ class Args:
     resume: bool = False
     """go on from the last complete checkpoint in --run-dir, or start there if it has none"""
     seed: int = 1
-    """of the order of the data and of all that is drawn at random"""
+    """of the data order, the choice of --max-train-samples and all draws in training; held-out splits do not depend on it"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of matrix products; auto is bf16 on CUDA that has it (TF32 for the rest), fp32 on a CPU (bf16 is slower without AMX)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """the layers: 20 seconds, a C compiler; auto: pre-training on images, one GPU, from 5,000 steps on (1.2 times as fast)"""
+    """torch.compile the layers (20 s, C compiler); auto: image pre-training, one GPU, from 5,000 steps (1.2 times as fast)"""
     batch_size: int | None = None
     """samples per optimizer step; default by dataset"""
     learning_rate: float | None = None
@@ -108,9 +108,9 @@ class Args:
     weight_decay: float = 0.01
     """AdamW's; not on biases and other 1-d parameters, such as those of layer norms"""
     warmup_ratio: float | None = None
-    """part of the steps in which the learning rate rises from 0; default by dataset"""
+    """fraction of the steps in which the learning rate rises from 0; default by dataset"""
     save_every: int | None = None
-    """steps between two checkpoints, 0 for none within a round; default by dataset"""
+    """steps between two checkpoints, 0 for none before the end (of a round); default by dataset"""
     eval_every: int | None = None
     """steps between two looks at the model (k-NN, pictures, words; scores with --validate), 0 for none; default by dataset"""
     log_every: int | None = None
@@ -120,14 +120,14 @@ class Args:
     input_column: str | None = None
     """column of the images or texts; default by type and usual names"""
     label_column: str | None = None
-    """column of the labels, in pre-training for the k-NN probe and to leave out a test tenth; default by usual names"""
+    """column of the labels, in pre-training for the k-NN probe and to hold out a test tenth; default by usual names"""
     debug: bool = False
     """show the whole traceback of an error instead of one line; no CUDA graphs"""
     # of masked auto-encoding
     steps: int | None = None
     """optimizer steps; default by dataset: 20,000 in the paper"""
     mask_ratio: float = 0.75
-    """part of the patches that the encoder does not see"""
+    """fraction of the patches that the encoder does not see"""
 
 
 # ------------------------------------------------------------------------------------------------ plumbing, shared
@@ -135,13 +135,13 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stdout.flush()  # where both go into one file, what was said before comes first
+    sys.stdout.flush()  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def interrupt(*_) -> NoReturn:
-    """A signal before the first step: end all processes. Those that decode would stay, or an exception might wait for them."""
+    """A signal before the first step: end all processes. Else decoding workers might stay, or an exception wait for them."""
     os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
     for child in active_children():
         child.kill()
@@ -197,16 +197,16 @@ def resolve(args: Args) -> Args:
 
 
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
-    """Arguments resolved, the checkpoint to go on from or {}, device, precision, this process's number, number of all."""
+    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
-        threading.excepthook = lambda _: None  # of TensorBoard's writer: the main thread meets the same
+        threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(50)  # what it would log in red, explain() says
+    datasets.logging.set_verbosity(50)  # explain() says what it would log in red
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
@@ -219,8 +219,8 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
         kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
         torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
-        sys.excepthook = hook  # before which torch has put its own
-        torch.distributed.broadcast_object_list(shared := [args])  # the run directory's name, for one, is rank 0's
+        sys.excepthook = hook  # in whose place init_process_group has put torch's
+        torch.distributed.broadcast_object_list(shared := [args])  # all take rank 0's, as the run directory's name may differ
         args = shared[0]
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
     bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
@@ -237,7 +237,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
 
 
 def write(path: Path, save: Callable) -> None:
-    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never a half one."""
+    """Save a file or folder (checkpoint, model, metrics) by save(path) under another name, then rename: never half written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save(temporary)
@@ -252,7 +252,7 @@ def write(path: Path, save: Callable) -> None:
 
 
 def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas: tuple[float, float], eps: float = 1e-8):
-    """AdamW, with weight decay on no 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
+    """AdamW, without weight decay on 1-d parameters, and a learning rate that falls linearly to 0 after the warm-up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -261,13 +261,13 @@ def optimizer_and_schedule(model: torch.nn.Module, args: Args, steps: int, betas
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """To the device. From pinned memory, so that the CPU does not wait until the GPU has done what it was given before."""
+    """Copy to the device, from pinned memory, so that the CPU need not wait until the GPU has finished its earlier work."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
-    """Mean over the processes. Waits for the device, so only when it is logged. A signal to one process reaches all."""
+    """Means over the processes, and whether one of them got a signal. Waits for the device: called only to log or to save."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
         torch.distributed.all_reduce(values)
@@ -275,7 +275,7 @@ def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: 
     values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
         fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
-    return values, stopping > 0  # not bool(stop): of one mind, what came in later waits
+    return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
 
 # ------------------------------------------------------------------------------------------------ images, shared
@@ -304,7 +304,7 @@ def decode(row: dict, number: int, size: int) -> dict:
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     part, workers = part.cast_column("input", datasets.Image(decode=False)), min(os.cpu_count() or 1, len(part) // 2000)
-    # The cache's key: the library's own has the script's name in it, and each stage would decode anew (as it does the digits).
+    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
     part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
@@ -314,36 +314,36 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
 
 
 def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
-    """Row numbers (steps, B) of round t: permutations laid end to end, known from the seed alone, so nothing to resume."""
+    """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
     epochs = range(args.steps * args.batch_size // n + 1)
     order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
     return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
 
 
 def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
-    """Normalised pixels (B, 3, size, size) of some rows, on the device of `norm`: mean and deviation, (2, 3, 1, 1)."""
-    there = isinstance(images, torch.Tensor)  # on the device already
+    """Normalised pixels (B, 3, size, size) of some rows, on norm's device. norm: mean and deviation, (2, 3, 1, 1)."""
+    there = isinstance(images, torch.Tensor)  # (N, 3, s, s), on the device already
     batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
-    if batch.shape[-1] != size:  # small ones (SMALL) are kept small
+    if batch.shape[-1] != size:  # stored smaller, see SMALL
         batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
     return (batch / 255 - norm[0]) / norm[1]
 
 
 def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
-    """The rows of `splits` (None for others) of a file, or of a folder's files of the first kind in KINDS that it has, but for
-    cache-*.arrow, which the library leaves. A name at its top (or at that of the one folder that holds all) says the split by
-    a word of SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. No deeper one does: a class may be called test. If
-    none says train, but some say nothing, all is train."""
+    """{split: its rows, None if not in `splits`} of a file, or of a folder's files of one kind, the first in KINDS it has,
+    without cache-*.arrow, which `datasets` leaves there. What lies at the top (of the path, or of the one folder that holds
+    all) is of the split that a word of its name says, see SPLITS: Test, seg_train, trainA, test-00000-of-00002.parquet. Names
+    deeper down do not count: a class may be called test. If no name says train, but some say no split, all is train."""
 
     def said(name: str) -> str | None:
         words = {word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)}
         return next((split for split in SPLITS if words & SPLITS[split]), None)
 
-    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # through links, nothing hidden
+    inside = sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True)))  # follows links, skips hidden files
     files = [file for file in inside if file.is_file()] or [path]
     ends = {file.suffix.lower() for file in files if file.name != "metadata.parquet" or file == path}
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
-    if not kind:  # of other kinds, one runs what is in the file
+    if not kind:  # no other kinds: to read one of them runs code that is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
     images = kind == "imagefolder" and path.is_dir()
     ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
@@ -360,9 +360,9 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
         parts.setdefault(split, set()).add(top / first if images else file)
     if images and parts.keys() == {None, "train"} and any(part.is_dir() for part in parts[None]):
         raise ValueError("its folder train lies beside others of images: if it is a class, call it otherwise, else move them")
-    if "train" not in parts and None in parts:  # of images the folders: the library reads the labels off their names
+    if "train" not in parts and None in parts:  # images: the folder, as the library reads labels off names in it
         parts = {"train": {top} if images else set().union(*parts.values())}
-    # In a csv NA and None are words, and a label is what is written: 001 is not 1, nor True true, whatever others look like.
+    # In a csv NA and None are words, and a label stays as written: 001 is not 1, nor True true, whatever other cells hold.
     written = dict.fromkeys((label_column,) if label_column else LABELS, lambda cell: cell or None)
     flags = {"csv": {"keep_default_na": False, "na_values": [""], "converters": written}, "text": {"encoding": "utf-8-sig"}}
     data, read = {split: None for split in SPLITS if split in parts}, 0
@@ -377,10 +377,10 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
 
 
 def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prepare: Callable, splits: tuple[str, ...]):
-    """{"train" and, if in splits, "test": (samples, labels)} and the class names, of a data set's name, a path or a Hub id.
-    embedded: split -> the rows that need no download; suits: whether a column's feature is of our kind; prepare: (rows of one
-    column, split) -> a list of arrays, None for a sample of which there is nothing to learn. labels: (N,) int, or None.
-    Without a test split a tenth of labelled train (one of each class, if that is more) becomes one, always the same."""
+    """{split: (N samples, labels (N,) int or None)}, and the class names, of a data set's name, a path or a Hub id.
+    embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
+    of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
+    tenth of labelled train (as many samples as there are classes, if that is more) becomes "test", always the same."""
     name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
@@ -400,15 +400,15 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         fitting = [c for c in part.features if suits(part.features[c]) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
         column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # not commas
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
         if order:  # the classes of a ClassLabel
-            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: the Hub's mark of a hidden one
+            labels = [None if value in (None, -1) else order[value] for value in labels]  # -1: hidden, on the Hub
         kind = str(getattr(part.features.get(label), "dtype", "list"))
         kind = "float" if all(re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", str(value)) for value in labels) else kind  # of a csv
-        if label and (None in labels or kind.startswith(("list", "float"))):  # several labels a row, or a score
+        if label and (None in labels or kind.startswith(("list", "float"))):  # missing, several in a row, or a score
             print(f"{name}: {split} is taken as unlabelled: {label} is missing in {labels.count(None)} rows or, "
                   f"of type {kind}, is not a class (one string or integer a row)")  # fmt: skip
             label, labels = None, []
@@ -441,8 +441,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
 
 
 def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
-    """Two disjoint parts, seeded, stratified by the labels where there are any; without a size the second is a tenth, or one
-    of each class. A train_size of samples is drawn without strata if a class has one sample, or the rest not one of each."""
+    """Two disjoint parts (samples, labels), seeded, stratified by the labels, if any. Without a size the second has a tenth,
+    or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
     mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
@@ -462,7 +462,7 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         if config.num_channels != 3:
             fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
         config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # none in MAE; noise is all that is drawn
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # none in MAE: only the masks are random
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -475,9 +475,9 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         table.requires_grad_(False)  # fixed sine-cosine tables, which from_pretrained of transformers 5 leaves trainable
     projection, side = model.vit.embeddings.patch_embeddings.projection, config.image_size // config.patch_size
 
-    # bf16 would round the pixels themselves, which on the digits changes the gradient by its own length; this way by 4 %.
+    # bf16 would round the pixels themselves: on the digits the gradient is then off by its own length, this way by 4 %.
     @torch.autocast(device.type, enabled=False)
-    def project(pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, which a GPU does sooner
+    def project(pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, faster on a GPU
         patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (B, 3, side, patch, side, patch)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, side, side, 3 * patch * patch)
         return linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)  # (B, D, side, side)
@@ -487,21 +487,21 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
 
 
 def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Callable:
-    """The same `update`, given to the GPU as one graph: handing it a step's 2,900 small pieces of work one by one takes a CPU
-    longer than the work itself. It must have run before. What it returns, the next step overwrites."""
+    """The same `update` as one CUDA graph: to launch a step's 2,900 kernels (ViT-B) one by one takes the CPU longer than it
+    takes the GPU to run them. `update` must have run before. The losses returned are overwritten by the next step."""
     rate, graph = torch.zeros((), device=inputs[0].device), torch.cuda.CUDAGraph()
     last = scheduler.get_last_lr()[0]
-    for group in optimizer.param_groups:  # a number would stay what it is now
+    for group in optimizer.param_groups:  # a Python number would be frozen into the graph
         group.update(lr=rate, capturable=True)
-    with torch.cuda.graph(graph):  # which only takes down what is to be done
+    with torch.cuda.graph(graph):  # which only records the work
         losses = update(model, optimizer, SimpleNamespace(step=lambda: None), *inputs)
-    for group in optimizer.param_groups:  # in a checkpoint there are numbers
+    for group in optimizer.param_groups:  # checkpoints hold numbers
         group.update(lr=last, capturable=False)
 
     def replay(model, optimizer, scheduler, *new) -> dict[str, torch.Tensor]:
         for held, value in zip(inputs, new, strict=True):
             if isinstance(held, torch.Tensor):
-                held.copy_(value)
+                held.copy_(value)  # the graph reads its inputs where they lay at first
         rate.fill_(scheduler.get_last_lr()[0])
         graph.replay()
         scheduler.step()
@@ -512,22 +512,22 @@ def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Cal
 
 # ------------------------------------------------------------------------------------------------ looking at the model
 def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
-    """CLS vectors (B, D) of whole images after the final layernorm, or the patches' mean. The model sorts patches by noise and
-    hides the last: with a ratio of 0 and rising noise none is hidden, and all stay in order."""
+    """CLS vectors (B, D), fp32, of whole images (B, 3, H, W) after the final layer norm, or the patches' mean. The model sorts
+    patches by noise and hides those at the end: with a ratio of 0 and rising noise none is hidden, and all stay in order."""
     rising = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
     last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
     keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
     # Not if compiled: the last layer then shares its graph with those before it.
     with last.register_forward_pre_hook(lambda _, x: x if torch.compiler.is_compiling() else (x[0][:, :keep],)):
-        hidden = vit(pixels, noise=rising).last_hidden_state  # (B, 1 + patches, D); the last sum broadcasts: read `keep` alone
+        hidden = vit(pixels, noise=rising).last_hidden_state  # (B, 1 + patches, D), valid only in the first `keep`
     vit.config.mask_ratio = ratio
     return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
 
 
 @torch.no_grad()
 def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
-    """Vectors (N, D) of all images, in eval mode."""
+    """Vectors (N, D) of all images, in eval mode, 128 at a time (ours); the model is left in training mode."""
     vit.eval()
     batches = [np.arange(i, min(i + 128, len(images))) for i in range(0, len(images), 128)]
     with autocast:
@@ -537,8 +537,8 @@ def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, represe
 
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
-    """Share of samples whose class wins the vote of their k nearest others (cosine). vectors: (N, D), of every s-th sample,
-    s being labels / N rounded up (rows may be sorted by class); labels: of all."""
+    """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors: (N, D), of every s-th
+    sample, where s is len(labels) / N rounded up (rows may be sorted by class); labels: of all samples."""
     y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
     vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
@@ -547,8 +547,8 @@ def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> floa
 
 @torch.no_grad()
 def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Input, masked input and reconstruction of a few images in three rows: (3, height, width) in [0, 1]. Predictions are
-    normalised patch by patch and look like noise: each gets the original's mean and deviation back."""
+    """Input, masked input and reconstruction of a few images in three rows: (3, height, width) in [0, 1]. Predicted
+    patches are normalised one by one and would look like noise, so each gets back the original's mean and deviation."""
     out, patches = model(pixels, noise=noise), model.patchify(pixels)  # (B, patches, patch * patch * 3)
     mask = out.mask[..., None]  # (B, patches, 1): 0 seen, 1 hidden
     predicted = out.logits.float() * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
@@ -558,7 +558,7 @@ def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tens
 
 # ------------------------------------------------------------------------------------------------ THE METHOD
 def update(model, optimizer, scheduler, pixels, noise, autocast) -> dict[str, torch.Tensor]:
-    """One step of Algorithm 2. pixels: (B, 3, H, W); noise: (B, patches): the largest, --mask-ratio of them, hide."""
+    """One step of Algorithm 2. pixels: (B, 3, H, W); noise: (B, patches): the patches of largest noise are hidden."""
     with autocast:
         reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
         losses = {"losses/reconstruction": reconstruction, "losses/total": reconstruction}
@@ -579,11 +579,11 @@ if __name__ == "__main__":
             args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
             lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)), ("train",)
         )  # fmt: skip
-    images, labels = data["train"]  # pre-training sees the train split alone, and labels in its probe alone
+    images, labels = data["train"]  # the train split alone: N of (3, s, s) uint8; labels (N,) or None, now for the probe only
     n = len(images)
-    if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: keep it there
+    if device.type == "cuda" and n * images[0].nbytes < torch.cuda.mem_get_info(device)[0] // 2:  # it fits: (N, 3, s, s) there
         images = torch.cat([torch.from_numpy(np.stack(images[i : i + 1024])).to(device) for i in range(0, n, 1024)])
-    norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]
+    norm = torch.tensor([processor.image_mean, processor.image_std], device=device)[..., None, None]  # (2, 3, 1, 1)
     model.train()
     init = parameters_to_vector(model.vit.parameters()).detach()
     start, values = state.get("step", 0), state.get("values", {})
@@ -604,23 +604,23 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
                                                  rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
-    fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:: -(-n // KNN_IMAGES)]  # in pictures; by the probe
+    fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:: -(-n // KNN_IMAGES)]  # for pictures; for the probe
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
     order, one_step = rows_of_batches(args, 0, n), update
-    optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))
+    optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))  # the authors'
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
-    recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask, no graph takes it
+    recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask that no graph takes
     graphed = device.type == "cuda" and world == 1 and recent and not args.debug
-    pays = graphed and args.steps >= 5000 and torch.cuda.get_device_capability(device) >= (8, 0)  # the 20 s after 2,000 steps
+    pays = graphed and args.steps >= 5000 and torch.cuda.get_device_capability(device) >= (8, 0)  # breaks even at 2,000 steps
     header = Path(sysconfig.get_path("include"), "Python.h")
     able = any(map(shutil.which, ("gcc", "clang"))) and header.exists() and sys.platform == "linux"  # what Triton needs
     if args.compile == "on" or (args.compile == "auto" and pays and able):  # layer by layer: all of a kind share a graph
         for layer in [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]:
             layer.compile()
-    parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each has every world-th row
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model  # each takes every world-th row
     clock = time.time() - state.get("seconds", 0.0)  # when it would have begun without interruption
     bar = tqdm(range(start, total_steps), SCRIPT.stem, total_steps, initial=start, dynamic_ncols=True, disable=rank > 0)
     for step in bar:
@@ -628,12 +628,12 @@ if __name__ == "__main__":
         noise = np.random.default_rng([args.seed, 0, 1, step]).random((args.batch_size, patches), np.float32)[rank::world]
         inputs = take(images, rows, norm, size), upload(noise, device), autocast
         rate = scheduler.get_last_lr()[0]
-        if graphed and step - start == 3:  # three steps have set up what a graph cannot
+        if graphed and step - start == 3:  # the first three set up what a graph cannot
             one_step = as_cuda_graph(update, parallel, optimizer, scheduler, *inputs)
         losses = one_step(parallel, optimizer, scheduler, *inputs)
         done = step + 1
         save = done % args.steps == 0 or (stop and world == 1) or (args.save_every and done % args.save_every == 0)
-        if save or done % args.log_every == 0:  # the only place where we wait for the GPU
+        if save or done % args.log_every == 0:  # apart from looks and new rounds, the only wait for the GPU
             losses["charts/distance_from_init"] = (parameters_to_vector(model.vit.parameters()).detach() - init).norm()
             values, stopping = average(losses, done, stop, world)
             save = save or stopping
