@@ -453,7 +453,7 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
     files = [file for file in inside if file.is_file()] or [path]
     ends = {file.suffix.lower() for file in files if file.name != "metadata.parquet" or file == path}
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
-    if not kind:  # no other kinds: to read one of them runs code that is in the file
+    if not kind:  # others are refused: to read some of them runs code that is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
     images = kind == "imagefolder" and path.is_dir()
     ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
@@ -614,8 +614,8 @@ def recadam(anchors, before, rate: float, step: int, args: Args) -> None:
         theta <- before + lambda * (AdamW's step) - rate * (1 - lambda) * gamma * (before - pretrained)
 
     lambda = 1 / (1 + exp(-k (step - t0))): the weights are first held, then freed. The pull stays out of Adam's moments. The
-    new layer takes AdamW's step alone. The authors' code, unlike this, starts from random weights, pulls weights that Adam has
-    already moved, and does not scale weight decay by lambda."""
+    new layer takes AdamW's step alone. The authors' code, unlike this, by default starts from random weights, pulls weights
+    that Adam has already moved, and does not scale weight decay by lambda."""
     weight = 1 / (1 + np.exp(min(-args.recadam_k * (step - args.recadam_midpoint), 700)))  # lambda; exp(710) overflows
     for (p, pretrained, new), old in zip(anchors, before, strict=True):
         if not new:

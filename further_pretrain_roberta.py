@@ -331,7 +331,7 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
     files = [file for file in inside if file.is_file()] or [path]
     ends = {file.suffix.lower() for file in files if file.name != "metadata.parquet" or file == path}
     kind, parts = next((KINDS[end] for end in KINDS if end in ends), None), {}
-    if not kind:  # no other kinds: to read one of them runs code that is in the file
+    if not kind:  # others are refused: to read some of them runs code that is in the file
         raise ValueError(f"there is nothing that ends in {', '.join(KINDS)}")
     images = kind == "imagefolder" and path.is_dir()
     ours = [file for file in files if KINDS.get(file.suffix.lower()) == kind and not file.match("cache-*.arrow")]
