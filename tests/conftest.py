@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -108,3 +109,22 @@ def texts_of(module, args, tokenizer, splits=("train", "test")):
         args, module.TEXT_SETS, module.docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
         lambda part, split: module.tokenize_all(part, split, tokenizer, args.max_length), splits
     )  # fmt: skip
+
+
+HINTS = {  # what recurs in lines of errors
+    "data": "(a folder, or a file, csv with commas, in UTF-8, can be given instead)",
+    "vit": "(a folder with config, model.safetensors, preprocessor_config works)",
+    "roberta": "(a masked language model's folder with tokenizer can be given instead)",
+    "either": "(a ViT's or a text model's folder, with its processor or tokenizer, works)",
+    "classes": "(it takes two of each class and a sample for each)",
+    "columns": "is missing or not what the model reads, columns are",
+    "flags": "see --input-column and --label-column",
+    "labelled": "fine-tuning needs labels of at least two, in train and in test: name their column by --label-column, or sort "
+                "images into a folder for each class",
+}  # fmt: skip
+
+
+def is_the_line(said, line, **names):
+    """The whole line of an error; what stands for * in it is a library's or the system's own."""
+    expected = "error: " + line.format(**names, **HINTS)
+    assert re.fullmatch(".*".join(map(re.escape, expected.split("*"))), said), f"{said}\nexpected: {expected}"

@@ -20,7 +20,7 @@ VIT = ROOT / "pretrained/vit-mae-tiny"
 
 @pytest.fixture(scope="module")
 def inputs(hub, tmp_path_factory):
-    """A RoBERTa without dropout, whose draws differ from process to process, and texts; 22 of them: the last batch has 6."""
+    """A RoBERTa without dropout, whose draws differ from process to process, and 23 texts: one batch of 7, 4 and 3."""
     from transformers import RobertaForMaskedLM
 
     base = tmp_path_factory.mktemp("distributed")
@@ -30,7 +30,7 @@ def inputs(hub, tmp_path_factory):
     word_tokenizer().save_pretrained(base / "model")
     rng = np.random.default_rng(0)
     (base / "texts").mkdir()
-    for split, n in (("train", 22), ("test", 4)):
+    for split, n in (("train", 23), ("test", 4)):
         rows = [{"text": " ".join(f"w{i}" for i in rng.integers(0, 90, 3 + i)), "label": "ab"[i % 2]} for i in range(n)]
         (base / f"texts/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     images = ["--model", VIT, "--max-train-samples", 40, "--steps", 6]
@@ -106,14 +106,14 @@ def test_a_signal_while_the_losses_are_shared_waits_for_all_processes(script, mo
     assert values == {"losses/total": 3.0} and stopping == late
 
 
-def by_two(run_dir, *flags):
+def by_two(run_dir, *flags, name="further_pretrain_vit"):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "further_pretrain_vit.py"), *map(str, flags)]
+    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / f"{name}.py"), *map(str, flags)]
     return [*command, "--run-dir", str(run_dir)]
 
 
-def torchrun(hub, run_dir, *flags, **options):
-    return subprocess.run(by_two(run_dir, *flags), capture_output=True, text=True, cwd=hub, timeout=300, **options)
+def torchrun(hub, run_dir, *flags, name="further_pretrain_vit", **options):
+    return subprocess.run(by_two(run_dir, *flags, name=name), capture_output=True, text=True, cwd=hub, timeout=300, **options)
 
 
 def test_a_complete_run_is_left_by_all_processes(run, hub, tmp_path):
@@ -152,7 +152,14 @@ def test_asked_to_stop_all_processes_leave_one_checkpoint(hub, tmp_path, to_all)
     assert done.returncode == 0 and (tmp_path / "run/metrics.json").exists(), done.stderr[-2000:]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(hub, tmp_path):
-    done = torchrun(hub, tmp_path / "run", "--batch-size", 7)
+@pytest.mark.parametrize(("name", "flags", "line"), [
+    ("further_pretrain_vit", (7, 40), "--batch-size 7 is for all processes together: it must be a multiple of 2"),
+    ("self_distill_roberta", (8, 17), "the last batch has 1 texts for 2 processes: give another --batch-size"),
+    ("finetune", (8, 17), "the last batch has 1 samples for 2 processes: give another --batch-size"),
+])  # fmt: skip
+def test_a_batch_that_cannot_be_shared_is_refused(hub, inputs, tmp_path, name, flags, line):
+    texts = inputs["finetune texts"] if name != "further_pretrain_vit" else ()
+    flags = (*texts, "--batch-size", flags[0], "--max-train-samples", flags[1])
+    done = torchrun(hub, tmp_path / "run", *flags, name=name)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert "error: --batch-size 7 is for all processes together: it must be a multiple of 2" in done.stderr
+    assert f"error: {line}" in done.stderr, done.stderr[-2000:]

@@ -58,6 +58,55 @@ def test_copies_of_functions_and_tables_are_identical():
     assert sum(len(scripts) > 1 for groups in forms.values() for scripts in groups.values()) >= 12  # it did compare something
 
 
+@pytest.mark.parametrize("kind", ["vit", "roberta"])
+def test_siblings_differ_in_what_is_the_method_alone(kind):
+    """Also in what images and texts do each in their way."""
+    one, two = top_level(f"further_pretrain_{kind}"), top_level(f"self_distill_{kind}")
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} == {"update", "Args"}
+
+
+SECTIONS = {  # in this order in all five scripts, and the functions in them, where a script has them
+    "plumbing, shared": "fail interrupt explain refuse_another resolve set_up write optimizer_and_schedule upload average",
+    "data, shared": "read_files load_data split_rows",
+    "images, shared": "mnist5k decode decode_all rows_of_batches take",
+    "texts, shared": "docstrings docstring_rows tokenize_all batches_of_epochs mask_tokens collate",
+    "the model": "load_model masked_logits encode as_cuda_graph",
+    "looking at the model": "encode_all knn_accuracy picture look scores",
+    "THE METHOD": "recadam mars r3f update",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sections_and_their_functions_have_one_order(name):
+    text = (ROOT / f"{name}.py").read_text().replace("THE METHODS", "THE METHOD")
+    titles = re.findall(r"^# -{90,} (.*)$", text, re.MULTILINE)
+    assert titles == [title for title in SECTIONS if title in titles] and len(titles) >= 6
+    found = re.findall(r"^(?:# -{90,} (.*)|def (\w+).*)$", text, re.MULTILINE)
+    places, title = [], None
+    for heading, function in found:
+        title = heading or title
+        places += [(title, function)] if function else []
+    fixed = [(title, function) for title in titles for function in SECTIONS[title].split()]
+    assert places == [place for place in fixed if place in places]
+
+
+IN_A_STEP = ("update", "masked_logits", "encode", "recadam", "mars", "r3f", "take")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_in_a_step_waits_for_the_device(name):
+    """A value that Python asks for makes it wait for the GPU; the main part does so to log, to look and to start a round."""
+    waits = {"item", "tolist", "cpu", "numpy", "nonzero", "any", "all", "synchronize"}
+    called = {}
+    for node in tree(name).body:
+        for part in ast.walk(node) if getattr(node, "name", "") in IN_A_STEP else ():
+            if isinstance(part, ast.Call):
+                called.setdefault(node.name, set()).add(getattr(part.func, "attr", getattr(part.func, "id", "")))
+    assert "update" in called and {"backward", "step"} <= called["update"]
+    assert not {function: names & waits for function, names in called.items() if names & waits}
+
+
 def test_shared_flags_are_identical_and_come_first():
     forms = {}
     for script in SCRIPTS:

@@ -285,6 +285,16 @@ def tags(run_dir):
     return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def test_an_environment_in_a_folder_called_tests_has_docstrings_too(script, tmp_path, monkeypatch):
+    module, text = script("self_distill_roberta"), "Nothing but a paragraph of ten words that ends in a dot."
+    (tmp_path / "tests/lib/tests").mkdir(parents=True)
+    (tmp_path / "tests/lib/__init__.py").write_text(f'"""{text}"""')
+    (tmp_path / "tests/lib/tests/more.py").write_text(f'"""{text.replace("ten", "other")}"""')  # the library's own tests
+    monkeypatch.setattr(module, "LIBRARIES", ("lib",))
+    monkeypatch.syspath_prepend(tmp_path / "tests")
+    assert list(module.docstrings("")) == [{"text": text, "label": "lib"}]
+
+
 DISTILLED = ("--epochs", 3, "--max-train-samples", 320, "--log-every", 5, "--eval-every", 30)
 
 
@@ -311,6 +321,8 @@ def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
     assert [step for step, _ in scalars["losses/distill"]] == [35, 40, 45, 50, 55, 60]  # none in round 0
     distances = [value for _, value in scalars["losses/distill"]]
     assert min(distances) > 0 and distances[-1] < 0.7 * distances[0]
+    assert scalars["eval/knn_accuracy_teacher"] == [(31, dict(scalars["eval/knn_accuracy"])[30])]  # what round 0 ended with
+    assert "(a small run: real texts, a tiny model)" in done.stdout and "mlm=" in done.stderr
     assert [step for step, _ in scalars["charts/distill_unexplained"]] == [60]  # measured with the model, in eval mode
     assert 0 < scalars["charts/distill_unexplained"][0][1] < 1  # the step's distance, with dropout, is farther than the spread
     shown = events.Tensors("eval/guesses/text_summary")[-1].tensor_proto.string_val[0].decode().splitlines()

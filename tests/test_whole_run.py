@@ -1,7 +1,7 @@
 """Whole runs against slow versions written here: order of the data, masks, dropout, optimizer, schedule, rounds, curves.
 
 What a script does in several rounds of several steps is done again from the files alone, with the library's models and
-loops; no function of the scripts is called. It also pins what a seed means: a run repeated years later gives its numbers.
+loops; no function of the scripts is called. It also pins what a seed means: a change of the draws does not go unnoticed.
 """
 
 import json
