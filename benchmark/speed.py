@@ -146,6 +146,20 @@ def compare(args: Args, ours: Callable, theirs: dict[str, Callable]) -> dict:
     return found
 
 
+def rows(work: str, found: dict) -> list[str]:
+    """The arms of a work, and of its parts, as rows of a table; an empty cell is what was not measured."""
+    out, keys = [], ("ours_is_times", "ratios", "utilisation", "peak_memory_gb")
+    for arm, values in found.items():
+        if isinstance(values, dict) and {"samples_per_second", "seconds"} & values.keys():
+            speed = values.get("samples_per_second") or values["seconds"]
+            cells = [work, arm, speed, values.get("range"), *map((found | values if arm != "ours" else values).get, keys)]
+            cells = ["" if cell is None else cell for cell in cells]
+            out.append("| " + " | ".join(", ".join(map(str, c)) if isinstance(c, list) else str(c) for c in cells) + " |")
+        elif isinstance(values, dict) and arm not in ("args", "versions"):
+            out += rows(f"{work}, {arm}", values)
+    return out
+
+
 def plain_adamw(model: torch.nn.Module, rate: float, betas: tuple[float, float], eps: float = 1e-8) -> torch.optim.AdamW:
     """As a user writes it: not fused."""
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, eps=eps, weight_decay=0.01)
@@ -757,3 +771,7 @@ if __name__ == "__main__":
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(known, indent=1) + "\n")
         print(json.dumps({key: found[key] for key in found if key not in ("args", "versions")}, indent=1), flush=True)
+    print(f"wrote {args.out}, {chip}, {torch.get_num_threads()} threads:\n\n| work | arm | samples/s, or seconds of jobs |"
+          " range | ours is faster by | range | of a product's FLOP/s | peak memory, GiB |\n" + "|---" * 8 + "|")  # fmt: skip
+    for work in args.work:
+        print("\n".join(rows(work, known[f"{work} {args.device}" + " compiled" * args.compile])))
