@@ -485,7 +485,7 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
     workers = min(os.cpu_count() or 1, 60, len(part) // share)  # 60: Windows has no more; without fork each imports all anew
-    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
+    # The cache's key, decode's source in it: the library's own has the script's name, so each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
     part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
@@ -748,12 +748,12 @@ if __name__ == "__main__":
     model.to(device).train()
     if vision:  # bf16 would round the pixels themselves, see load_model of further_pretrain_vit.py
         projection = model.base_model.embeddings.patch_embeddings.projection
-        projection.forward = torch.autocast(device.type, enabled=False)(projection.forward)
+        projection.forward = torch.autocast(device.type, enabled=False)(type(projection).forward).__get__(projection)
     with explain(f"{args.model} does not run on this data", "--precision fp32 or a smaller --max-length may help"):
         longest = np.argsort([len(sample) for sample in train])[-2:]  # tried before anything is written
         scores(model, lambda rows: inputs(train, longest[rows]), labels[longest], autocast)
     pulled = model.named_parameters() if args.method in ("recadam", "mars") else ()
-    anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts
+    anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts; none for other methods
     init = parameters_to_vector(model.base_model.parameters()).detach()
     start, values = state.get("step", 0), state.get("values", {})
     run_dir = Path(args.run_dir)
@@ -773,7 +773,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
                                                  rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     optimizer, scheduler = optimizer_and_schedule(model, args, total_steps, **ADAM[vision])
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile == "on":  # layer by layer: all of a kind share a graph, and what hooks change between them stays as it is

@@ -624,7 +624,7 @@ if __name__ == "__main__":
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels), 0)
     order = batches_of_epochs(args, 0, lengths)
     optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)  # Gururangan's
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile == "on":  # layer by layer: all of a kind share a graph, and what hooks change between them stays as it is

@@ -676,7 +676,7 @@ if __name__ == "__main__":
             teacher = None  # its vectors are all that is needed of it
             order = batches_of_epochs(args, t, lengths)
             optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)  # Gururangan's
-            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
             for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
         rng = np.random.default_rng([args.seed, t, 1, i])  # of the masks, and of dropout: a resumed run draws the same

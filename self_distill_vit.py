@@ -443,7 +443,7 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
     workers = min(os.cpu_count() or 1, 60, len(part) // share)  # 60: Windows has no more; without fork each imports all anew
-    # The cache's key: the library's own has the script's name in it, so each stage would decode anew (as happens to mnist5k).
+    # The cache's key, decode's source in it: the library's own has the script's name, so each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
     part = part.map(decode, with_indices=True, fn_kwargs={"size": size}, remove_columns="input", features=flat,
@@ -496,12 +496,12 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
 
     # bf16 would round the pixels themselves: on the digits the gradient is then off by its own length, this way by 4 %.
     @torch.autocast(device.type, enabled=False)
-    def project(pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, faster on a GPU
+    def project(self, pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, faster on a GPU
         patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (B, 3, side, patch, side, patch)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, side, side, 3 * patch * patch)
-        return linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)  # (B, D, side, side)
+        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, D, side, side)
 
-    projection.forward = project
+    projection.forward = project.__get__(projection)  # bound, so that a copy of the model uses its own weights
     return model.float().to(device), processor  # fp32, whatever precision the file is in
 
 
@@ -520,22 +520,24 @@ def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") 
 
 
 def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Callable:
-    """The same `update` as one CUDA graph: to launch a step's 2,900 kernels (ViT-B) one by one takes the CPU longer than it
-    takes the GPU to run them. `update` must have run before. The losses returned are overwritten by the next step."""
-    rate, graph = torch.zeros((), device=inputs[0].device), torch.cuda.CUDAGraph()
-    last = scheduler.get_last_lr()[0]
-    for group in optimizer.param_groups:  # a Python number would be frozen into the graph
+    """The same `update`, which must have run before, as one CUDA graph: to launch a step's 2,900 kernels (ViT-B) one by one
+    takes longer than to run them. Its Python does not run again: numbers, branches and what the model's configuration said
+    stay as they are now (--debug goes without a graph). The losses returned are overwritten by the next step."""
+    last, graph = scheduler.get_last_lr(), torch.cuda.CUDAGraph()
+    rates = torch.zeros(len(last), device=inputs[0].device)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):  # a Python number would be frozen into the graph
         group.update(lr=rate, capturable=True)
     with torch.cuda.graph(graph):  # which only records the work
         losses = update(model, optimizer, SimpleNamespace(step=lambda: None), *inputs)
-    for group in optimizer.param_groups:  # checkpoints hold numbers
-        group.update(lr=last, capturable=False)
+    for group, rate in zip(optimizer.param_groups, last, strict=True):  # checkpoints hold numbers
+        group.update(lr=rate, capturable=False)
 
     def replay(model, optimizer, scheduler, *new) -> dict[str, torch.Tensor]:
         for held, value in zip(inputs, new, strict=True):
-            if isinstance(held, torch.Tensor):
+            if held is not value:  # only a tensor may change: anything else has no copy_, and would be frozen
                 held.copy_(value)  # the graph reads its inputs where they lay at first
-        rate.fill_(scheduler.get_last_lr()[0])
+        for rate, now in zip(rates, scheduler.get_last_lr(), strict=True):
+            rate.fill_(now)
         graph.replay()
         scheduler.step()
         return dict(losses)
@@ -578,8 +580,9 @@ def picture(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tens
 # ------------------------------------------------------------------------------------------------ THE METHOD
 def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_vectors, args) -> dict[str, torch.Tensor]:
     """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches): the patches of largest noise are hidden;
-    teacher_vectors: (B, D), the teacher's vectors of the same whole images; None in round 0, which is Algorithm 2."""
-    vit = getattr(model, "module", model).vit  # DistributedDataParallel wraps the model
+    teacher_vectors: (B, D), the teacher's vectors of the same whole images; None in round 0, which is Algorithm 2. On CUDA
+    this is recorded once a round and played back: see as_cuda_graph before you put in a number or a branch that changes."""
+    vit = getattr(model, "module", model).vit  # DistributedDataParallel wraps it, and needs a call of model(...) in each step
     with autocast:
         reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
         losses = {"losses/reconstruction": reconstruction, "losses/total": reconstruction}
@@ -667,10 +670,10 @@ if __name__ == "__main__":
                     writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
             bar.set_description(f"{SCRIPT.stem}, round {t}")
             model.load_state_dict(teacher.state_dict() if t > 0 and args.student_init == "teacher" else original)
-            teacher = None  # its vectors are all that is needed of it
+            teacher = None  # its vectors are all that is needed of it; if you augment, keep it and encode each batch
             order, one_step = rows_of_batches(args, t, n), update
             optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))  # the authors'
-            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
             for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
         rows = order[i][rank::world]

@@ -170,11 +170,11 @@ def pixels_in_fp32(model: torch.nn.Module, device: str) -> torch.nn.Module:
     projection, side = model.vit.embeddings.patch_embeddings.projection, model.config.image_size // model.config.patch_size
 
     @torch.autocast(device, enabled=False)
-    def project(pixels: torch.Tensor) -> torch.Tensor:
+    def project(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)
+        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
-    projection.forward = project
+    projection.forward = project.__get__(projection)
     return model
 
 

@@ -1,6 +1,7 @@
 """The image half: the method against slow versions written here, each script as a process, hand-offs, faults."""
 
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -91,6 +92,7 @@ def test_what_is_around_a_cuda_graph_keeps_inputs_rate_and_schedule(script, name
         model, rng = tiny(module), np.random.default_rng(0)
         args = module.Args(learning_rate=1e-3, warmup_ratio=0.4)
         optimizer, scheduler = module.optimizer_and_schedule(model, args, 10, (0.9, 0.95))
+        scheduler.base_lrs[1] /= 2  # a rate for each group, as of layers
         step, curves = module.update, []
         for i in range(7):
             pixels, noise, target = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
@@ -103,6 +105,9 @@ def test_what_is_around_a_cuda_graph_keeps_inputs_rate_and_schedule(script, name
             losses["mine"] = 0  # the caller's to change
             curves.append([losses["losses/total"].item(), losses["charts/grad_norm"].item(), scheduler.get_last_lr()])
         assert "mine" not in tape.get("losses", {})
+        if graphed:  # what is not a tensor would be frozen
+            with pytest.raises(AttributeError, match="copy_"):
+                step(model, optimizer, scheduler, *inputs[:2], contextlib.nullcontext(), *inputs[3:])
         found.append((curves, {key: value.clone() for key, value in model.state_dict().items()}))
     (eager, weights), (replayed, others) = found
     assert [rates for *_, rates in eager] == [rates for *_, rates in replayed] and len({rates[0] for *_, rates in eager}) > 5
@@ -125,6 +130,9 @@ def test_the_projection_as_one_product_is_the_librarys_convolution(script, name)
         grads.append([out, *torch.autograd.grad((out * out.detach().roll(1, 0)).sum(), layer.parameters())])
     for theirs, ours in zip(*grads, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    other, before = copy.deepcopy(model), layer(pixels)
+    layer.weight.data.zero_()  # a copy, such as a moving average, has weights of its own
+    assert torch.equal(other.vit.embeddings.patch_embeddings.projection(pixels), before)
 
 
 def test_reconstruction_is_the_librarys_and_the_slow_versions(fp, batch):
