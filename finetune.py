@@ -253,7 +253,7 @@ def resolve(args: Args) -> Args:
 
 
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
-    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
+    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, their number. Or it fails."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
@@ -323,7 +323,7 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
-    """Means over the processes, and whether one of them got a signal. Waits for the device: called only to log or to save."""
+    """Means over the processes, or failure if one is not finite; and whether one got a signal. Waits for the device."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
         torch.distributed.all_reduce(values)
@@ -386,7 +386,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     """{split: (N samples, labels (N,) int or None)}, and the class names, of a data set's name, a path or a Hub id.
     embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
     of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
-    tenth of labelled train (as many samples as there are classes, if that is more) becomes "test", always the same."""
+    tenth of labelled train (or one sample a class, if more) becomes "test", always the same. Else fails in one line."""
     name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
@@ -468,7 +468,7 @@ def mnist5k(split: str) -> Iterator[dict]:
 
 
 def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed to a square as the authors do."""
+    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed square as the authors do. Or ValueError."""
     try:
         image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
         if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):
@@ -566,7 +566,7 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str, config, names: list[str], dropout: float) -> tuple[PreTrainedModel, str, list[str]]:
-    """Encoder of `source` with a classifier, new unless of the same classes, fp32; a line on it; names of the new weights."""
+    """Encoder of `source` with a classifier, new unless of the same classes, fp32; a line on it; new weights. Else fails."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": None}
     with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors works"):
         if config.model_type in VISION:

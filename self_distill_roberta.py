@@ -210,7 +210,7 @@ def resolve(args: Args) -> Args:
 
 
 def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, int]:
-    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, number of processes."""
+    """Resolved arguments, checkpoint to go on from or {}, device, autocast, this process's rank, their number. Or it fails."""
     if not args.debug:  # what nobody foresaw (a full disk, no memory): one line, exit code 1, the last checkpoint is kept
         hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
@@ -280,7 +280,7 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
-    """Means over the processes, and whether one of them got a signal. Waits for the device: called only to log or to save."""
+    """Means over the processes, or failure if one is not finite; and whether one got a signal. Waits for the device."""
     values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
         torch.distributed.all_reduce(values)
@@ -343,7 +343,7 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     """{split: (N samples, labels (N,) int or None)}, and the class names, of a data set's name, a path or a Hub id.
     embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
     of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
-    tenth of labelled train (as many samples as there are classes, if that is more) becomes "test", always the same."""
+    tenth of labelled train (or one sample a class, if more) becomes "test", always the same. Else fails in one line."""
     name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
@@ -496,7 +496,7 @@ def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=
 
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A masked language model, any encoder, from safetensors, in fp32, with no weight missing; and its tokenizer."""
+    """A masked language model, any encoder, from safetensors, in fp32, with no weight missing; its tokenizer. Else fails."""
     with explain(f"cannot load model {source}", "a masked language model's folder with tokenizer can be given instead"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForMaskedLM.from_pretrained(

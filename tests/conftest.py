@@ -77,7 +77,8 @@ def zygote(hub):
     count = itertools.count()
 
     def start(script, run_dir, flags, hook=None, cache=None, resume=False):
-        argv = ["--run-dir", str(run_dir), *[str(x) for pair in flags.items() for x in pair], *["--resume"] * resume]
+        argv = ["--run-dir", str(run_dir), *["--resume"] * resume]
+        argv += [str(x) for pair in flags.items() for x in pair if x is not None]  # None: a flag without a value
         seconds = [int(path.name.split(".")[3]) for path in Path(run_dir).glob("events*")]
         while seconds and int(time.time()) <= max(seconds):  # TensorBoard orders files by second, and within one by process
             time.sleep(0.05)

@@ -214,7 +214,7 @@ FAULTS = {
     "directory gone": ("delete", "error: FileNotFoundError: "),
     "out of memory": ("memory", "error: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total "
                       "capacity of ... (if memory ran out, try a smaller --batch-size; --debug shows where)"),
-    "not finite": ("nan", "error: loss or weights not finite at step 5: the last checkpoint is kept, "),
+    "not finite": ("nan", "error: loss or weights not finite by step 5: the last checkpoint is kept, "),
 }  # fmt: skip
 
 
@@ -622,9 +622,12 @@ def combinations():
         "--warmup-ratio": number, "--save-every": count, "--eval-every": count, "--log-every": count,
         "--max-train-samples": st.integers(-1, 30), "--precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
         "--device": st.sampled_from(["auto", "cpu", "cuda", "toaster"]),
+        "--compile": st.sampled_from(["auto", "off", "maybe"]), "--resume": st.none(),
+        "--input-column": st.sampled_from(["image", "text", "label"]), "--label-column": st.sampled_from(["label", "none"]),
     }  # fmt: skip
     distil = {"--rounds": st.integers(-1, 2), "--reconstruction-coef": number, "--distill-coef": number,
               "--student-init": st.sampled_from(["pretrained", "teacher"]),
+              "--teacher": st.sampled_from([VIT, ROBERTA, "nowhere"]),
               "--representation": st.sampled_from(["cls", "mean", "max"])}  # fmt: skip
     own = {
         "further_pretrain_vit": {"--mask-ratio": number}, "self_distill_vit": {"--mask-ratio": number} | distil,
@@ -632,7 +635,10 @@ def combinations():
         "self_distill_roberta": {"--mlm-probability": number, "--max-length": st.integers(-1, 200)} | distil,
         "finetune": {"--method": st.sampled_from(["finetune", "recadam", "mars", "r3f"]), "--dropout": number,
                      "--max-grad-norm": number, "--mars-gamma": number, "--r3f-eps": number, "--r3f-lambda": number,
-                     "--recadam-strength": number, "--recadam-midpoint": count},
+                     "--recadam-strength": number, "--recadam-midpoint": count, "--recadam-k": number,
+                     "--validate": st.none(), "--mars-head-gamma": number,
+                     "--r3f-noise": st.sampled_from(["uniform", "normal", "pink"]),
+                     "--flip": st.sampled_from(["True", "False", "None"]), "--max-length": st.integers(-1, 200)},
     }  # fmt: skip
     flags = {name: st.fixed_dictionaries({}, optional=shared | own[name]) for name in own}
     return st.sampled_from(sorted(own)).flatmap(lambda name: st.tuples(st.just(name), flags[name]))
@@ -658,7 +664,7 @@ def test_any_combination_is_refused_before_anything_is_written_or_runs(zygote, s
             weights = load_file(run_dir / "model/model.safetensors").values()
             assert all(values.isfinite().all() for values in weights), f"{script} {flags} saved weights that are not finite"
         elif code == 1:  # weights that went to infinity, say: seen under way, nothing saved that is not finite
-            assert len(errors) == 1 and errors[0].startswith("error: loss or weights not finite at step "), said[-1500:]
+            assert len(errors) == 1 and errors[0].startswith("error: loss or weights not finite by step "), said[-1500:]
         else:
             assert code == 2 and not run_dir.exists(), said[-1500:]
             assert len(errors) == 1 or "Parsing error" in said or "invalid choice" in said, said[-1500:]
