@@ -213,7 +213,8 @@ FAULTS = {
     "disk full": ("full", "error: "),
     "directory gone": ("delete", "error: FileNotFoundError: "),
     "out of memory": ("memory", "error: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total "
-                      "capacity of ... (if memory ran out, try a smaller --batch-size; --debug shows where)"),
+                      "capacity of ... (out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug "
+                      "shows where)"),
     "not finite": ("nan", "error: loss or weights not finite by step 5: the last checkpoint is kept, "),
 }  # fmt: skip
 
