@@ -484,7 +484,7 @@ def decode(row: dict, number: int, size: int) -> dict:
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
-    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # 60: Windows has no more; without fork each imports all anew
+    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # ours; 60: Windows' limit; without fork each imports anew
     # The cache's key, decode's source in it: the library's own has the script's name, so each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
@@ -680,7 +680,7 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    inside = glob.glob(f"{glob.escape(args.dataset)}/**", recursive=True)
+    inside = glob.glob(f"{glob.escape(args.dataset)}/**", recursive=True)  # of the kind that read_files will take
     ends = {Path(path).suffix.lower() for path in (args.dataset, *inside)}
     text = args.dataset in TEXT_SETS or next((KINDS[end] for end in KINDS if end in ends), "") in ("csv", "json", "text")
     named = args.model or (RECIPES["text" if text else "paper"] | RECIPES.get(args.dataset, {}))["model"]

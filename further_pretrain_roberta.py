@@ -529,7 +529,7 @@ def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representatio
 # ------------------------------------------------------------------------------------------------ looking at the model
 @torch.no_grad()
 def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, representation: str = "cls") -> torch.Tensor:
-    """Vectors (N, D) of all texts, in eval mode, 128 at a time (ours); the model is left in training mode."""
+    """Vectors (N, D) of all texts, in eval mode, 128 at a time, a bar above 2,000 (ours); left in training mode."""
     model.eval()
     order, n = np.argsort([len(ids) for ids in texts], kind="stable"), len(texts)  # similar lengths together: less padding
     parts = tqdm(np.split(order, range(128, n, 128)), "encode", leave=False, disable=n <= 2000)

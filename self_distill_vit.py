@@ -442,7 +442,7 @@ def decode(row: dict, number: int, size: int) -> dict:
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
     part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
-    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # 60: Windows has no more; without fork each imports all anew
+    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # ours; 60: Windows' limit; without fork each imports anew
     # The cache's key, decode's source in it: the library's own has the script's name, so each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
@@ -548,7 +548,7 @@ def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Cal
 # ------------------------------------------------------------------------------------------------ looking at the model
 @torch.no_grad()
 def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
-    """Vectors (N, D) of all images, in eval mode, 128 at a time (ours); the model is left in training mode."""
+    """Vectors (N, D) of all images, in eval mode, 128 at a time, a bar above 2,000 (ours); left in training mode."""
     vit.eval()
     batches = tqdm(np.split(np.arange(n := len(images)), range(128, n, 128)), "encode", leave=False, disable=n <= 2000)
     with autocast:

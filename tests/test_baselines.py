@@ -283,6 +283,17 @@ def test_student_init_decides_where_a_round_starts(run, tmp_path, name):
     assert moved["teacher"][4] > 0.9 * moved["teacher"][3] and moved["pretrained"][4] < 0.5 * moved["pretrained"][3]
 
 
+@pytest.mark.parametrize(("counts", "size"), [((19, 1), 10), ((10, 10), 19), ((10, 10), 10)])
+def test_it_is_said_when_fewer_samples_are_not_stratified(script, capsys, counts, size):
+    """A class has one sample; or one sample would remain for two classes."""
+    labels = np.repeat([0, 1], counts)
+    (chosen, drawn), _ = script("finetune").split_rows(list(range(20)), labels, seed=1, train_size=size)
+    assert len(chosen) == len(drawn) == size and list(labels[chosen]) == list(drawn)
+    said = capsys.readouterr().out
+    assert said.startswith("--max-train-samples: not stratified, ") if size == 19 or 1 in counts else not said
+    assert size == 19 or 1 in counts or list(np.bincount(drawn)) == [5, 5]
+
+
 def test_fewer_samples_are_stratified_seeded_and_the_same_in_both_stages(script, hub):
     from conftest import images_of
 
