@@ -76,9 +76,10 @@ TEXT_SETS = {
 }
 NAMES = [*IMAGE_SETS, *TEXT_SETS]
 METRICS = {"chemprot": "micro_f1", "docstrings": "accuracy"}  # the papers' and ours; else images accuracy, texts macro_f1
-# Values of flags left at None: the paper's set-up (for text, learning rate and warm-up are those of Gururangan et al. 2020,
-# which the paper follows; *_every: ours); for the embedded sets a small run on a CPU, with few labels, since with many there
-# is little left to gain (ours, not tuned; RecAdam: a midpoint at 4 % of the steps, within the range of its authors' search).
+# Values of flags left at None: the paper's set-up (for text, the learning rate is that of Gururangan et al. 2020, which the
+# paper follows, and the warm-up that of their pre-training; *_every: ours); for the embedded sets a small run on a CPU, with
+# few labels, since with many there is little left to gain (ours, not tuned; RecAdam: a midpoint at 4 % of the steps, within
+# the range of its authors' search).
 RECIPES = {
     "paper": {"model": "facebook/vit-mae-base", "steps": 10_000, "batch_size": 32, "learning_rate": 1e-4, "warmup_ratio": 0.05,
               "flip": True, "recadam_strength": 5000, "recadam_midpoint": 250,
@@ -468,7 +469,7 @@ def mnist5k(split: str) -> Iterator[dict]:
 
 
 def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed square as the authors do. Or ValueError."""
+    """One encoded image as flat uint8 (3 * size * size,), upright: RGB, squashed square as the authors do. Or ValueError."""
     try:
         image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
         if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):

@@ -426,7 +426,7 @@ def mnist5k(split: str) -> Iterator[dict]:
 
 
 def decode(row: dict, number: int, size: int) -> dict:
-    """One encoded image as flat uint8 (3 * size * size,): upright, RGB, squashed square as the authors do. Or ValueError."""
+    """One encoded image as flat uint8 (3 * size * size,), upright: RGB, squashed square as the authors do. Or ValueError."""
     try:
         image = datasets.Image().decode_example(row["input"])  # from bytes or a path, turned by its EXIF tag
         if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):
