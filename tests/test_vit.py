@@ -477,12 +477,13 @@ def test_the_probe_looks_everywhere_in_rows_that_are_sorted_by_class(sd, n):
     """As in a folder a class. Vectors that tell the class: any other labels than their own rows' would spoil the score."""
     labels = np.sort(np.arange(n) % 5)
     for name in ("further_pretrain_vit", "self_distill_vit", "further_pretrain_roberta", "self_distill_roberta"):
-        scope = {"np": np, "n": n, "images": labels, "texts": labels, "KNN_IMAGES": 2000, "KNN_TEXTS": 2000}
+        scope = dict.fromkeys(("images", "texts", "labels"), labels) | {"np": np, "n": n, "probe": True}
+        scope |= dict.fromkeys(("KNN_IMAGES", "KNN_TEXTS"), 2000)
         for line in map(str.strip, (ROOT / f"{name}.py").read_text().splitlines()):
-            if line.startswith(("every = ", "seen = texts", "fixed, seen = ")):  # what the main part looks at
+            if line.startswith(("every = ", "fixed, every = ", "seen, labels = ")):  # what the main part looks at
                 exec(line, scope)
         assert set(scope["seen"]) == set(range(5)) and 1000 <= len(scope["seen"]) <= 2000
-        assert sd.knn_accuracy(torch.eye(5)[torch.from_numpy(scope["seen"])], labels) == 1
+        assert sd.knn_accuracy(torch.eye(5)[torch.from_numpy(scope["seen"])], scope["labels"]) == 1
 
 
 def test_validate_scores_on_a_part_of_train(run, tmp_path):
