@@ -13,9 +13,8 @@
 # Rule, set before the runs: 5 seeds, each with its own pre-training and its own labelled samples; the default recipe for
 # every arm, nothing tuned, nothing left out; the score is that on the test split at the last step; every run's metrics.json is
 # kept, those of pre-training as well. Run again after an interruption, it goes on where it was.
-# Run again at commit b45cc8e, since fine-tuning had got draws of its own and the texts' libraries newer versions: all of the
-# docstrings' runs; the digits' are under way, and those in results/ are the first ones. Rule, set when six of the 130 fine-tunings
-# were there: the new runs replace the old ones, whatever they say; both are in the docs.
+# All was run again at commit b45cc8e, since fine-tuning had got draws of its own and the texts' libraries newer versions. Rule,
+# set when six of the 130 fine-tunings were there: the new runs replace the old ones, whatever they say; both are in the docs.
 #     bash benchmark/study.sh mnist5k          or docstrings
 set -euo pipefail
 data=${1:?mnist5k or docstrings} here=$(dirname "$0")/.. runs=runs/study_$1
