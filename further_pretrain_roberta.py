@@ -210,7 +210,7 @@ def set_up(args: Args) -> tuple[Args, dict, torch.device, torch.autocast, int, i
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
         threading.excepthook = lambda _: None  # TensorBoard's writer thread: the main thread meets the same error
-    # A configuration may ask for code from the Hub (attention, if the package kernels is there), an index for pickled weights.
+    # A configuration may ask for code of the Hub (an attention, if the package kernels is there), an index for unsafe weights.
     transformers.integrations.hub_kernels.get_kernel = lambda name, **_: fail(f"config.json asks for code: {name}")
     transformers.modeling_utils.check_torch_load_is_safe = lambda: fail("weights not in safetensors: convert them")
     transformers.logging.set_verbosity_error()
