@@ -358,10 +358,11 @@ def test_letters_that_the_terminal_lacks_and_another_path_of_the_script(run, tmp
     assert "is complete: nothing to resume" in run("further_pretrain_vit", *flags, "--resume").stdout
 
 
-def test_debug_shows_the_traceback(run, tmp_path):
-    flags = ("--dataset", tmp_path, "--run-dir", tmp_path / "run")
-    assert "Traceback" not in run("further_pretrain_vit", *flags, code=2).stderr
-    assert "Traceback (most recent call last)" in run("further_pretrain_vit", *flags, "--debug", code=1).stderr
+def test_debug_shows_the_traceback(run, zygote, tmp_path):
+    code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {"--dataset": tmp_path})
+    assert code == 2 and "Traceback" not in said
+    flags = ("--dataset", tmp_path, "--run-dir", tmp_path / "run", "--debug")
+    assert "Traceback (most recent call last)" in run("further_pretrain_vit", *flags, code=1).stderr
 
 
 # ------------------------------------------------------------------------------------------------ hostile and mistaken input

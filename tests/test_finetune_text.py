@@ -9,7 +9,7 @@ TINY = ROOT / "pretrained/roberta-tiny"
 
 
 def test_docstrings_are_learned_and_the_result_works_in_a_pipeline(run, tmp_path):
-    done = run("finetune", "--dataset", "docstrings", "--run-dir", tmp_path / "run", "--epochs", 8, "--log-every", 5)
+    done = run("finetune", "--dataset", "docstrings", "--run-dir", tmp_path / "run", "--epochs", 6, "--log-every", 5)
     assert "left out: lm_head" in done.stdout and "400 texts for training, 480 for test, 8 classes" in done.stdout
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["parent"] == str(TINY) and metrics["final"]["metric"] == "accuracy"

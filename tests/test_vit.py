@@ -701,11 +701,11 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(zygote, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
-def test_existing_run_directory_is_not_touched(run, tmp_path):
+def test_existing_run_directory_is_not_touched(zygote, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine.txt").write_text("precious")
-    done = run("further_pretrain_vit", "--run-dir", tmp_path / "run", code=2)
-    assert done.stderr.endswith(f"error: {tmp_path}/run exists: go on with it by --resume, or give another --run-dir\n")
+    code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {})
+    assert code == 2 and said.endswith(f"error: {tmp_path}/run exists: go on with it by --resume, or give another --run-dir\n")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
