@@ -695,7 +695,8 @@ def update(model, optimizer, scheduler, inputs, targets, autocast, anchors, step
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    signal.signal(signal.SIGINT, interrupt)  # set_up, which does it, comes later here
+    if not args.debug:
+        signal.signal(signal.SIGINT, interrupt)  # set_up, which does it, comes later here
     inside = glob.glob(f"{glob.escape(args.dataset)}/**", recursive=True)  # of the kind that read_files will take
     ends = {Path(path).suffix.lower() for path in (args.dataset, *inside)}
     text = args.dataset in TEXT_SETS or next((KINDS[end] for end in KINDS if end in ends), "") in ("csv", "json", "text")

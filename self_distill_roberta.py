@@ -518,7 +518,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, return_dict=True,
             output_attentions=False)  # fmt: skip
         given, vocabulary = tokenizer("a"), len(model.get_input_embeddings().weight)
-    beyond = [key for key in info["unexpected_keys"] if ".layer" in key]  # of layers that its configuration does not have
+    beyond = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d", key)]  # of layers that config lacks
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"], *beyond])):
         fail(f"{source} is not a masked language model with its head: no weights, or no place, for {', '.join(lost[:3])}")
     starts = {tokenizer.cls_token_id, tokenizer.bos_token_id} & {*given["input_ids"]}

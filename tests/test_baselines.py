@@ -291,6 +291,8 @@ def test_it_is_said_when_fewer_samples_are_not_stratified(script, capsys, counts
     assert len(chosen) == len(drawn) == size and list(labels[chosen]) == list(drawn)
     said = capsys.readouterr().out
     assert said.startswith("--max-train-samples: not stratified, ") if size == 19 or 1 in counts else not said
+    script("finetune").split_rows(list(range(20)), None, seed=1, train_size=size)  # there is nothing to stratify by
+    assert not capsys.readouterr().out
     assert size == 19 or 1 in counts or list(np.bincount(drawn)) == [5, 5]
 
 
