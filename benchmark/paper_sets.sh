@@ -10,9 +10,10 @@
 #   recadam, mars, mars_tight, r3f  the baselines, from the tiny model. Added when the arms above were known. RecAdam as in the
 #              embedded recipes of this learning rate: strength 500, midpoint at 4 % of the some 1,000 steps. MARS with its default
 #              radius and, as in study.sh, with 1. R3F with its defaults
-# All fine-tunings in results/ are from before commit efbad75, which gave fine-tuning draws of its own, but for those of
-# worth_starting_from/texts and of */redrawn. The latter are the same arms, seeds, commands and pre-trained models again. Rule,
-# set before those runs: all are kept, both columns stand side by side, the README shows the new one. Run in the order of the table, images round 0, round 1 and start first, the baselines last.
+# The fine-tunings in results/paper_sets are from before commit efbad75, which gave fine-tuning draws of its own, but for those of
+# */redrawn: the same arms, seeds, commands and pre-trained models again. Rule, set before those runs: all are kept, both columns
+# stand side by side, the README shows the new one. Run in the order of the table, images round 0, round 1 and start first, the
+# baselines last.
 # Of the images, seeds 4 and 5 of start, round_0, round_1 and no_distillation were added (SEEDS="4 5") when all else was known: with three seeds
 # round_1 was 0.4 points above round_0 with each, too little to believe. Rule, set before they were run: both are kept, whatever they say.
 # The same seeds and arms of the texts were added last, when all else was known, so that both sets have five. The same rule.

@@ -1,7 +1,7 @@
 """A table of test scores from runs named <arm>_<seed>: each run, mean and standard deviation, difference to the first arm.
 
-    python benchmark/table.py runs/worth/*/metrics.json
-    python benchmark/table.py benchmark/results/worth_starting_from/texts/*.json
+python benchmark/table.py runs/worth/*/metrics.json
+python benchmark/table.py benchmark/results/worth_starting_from/texts/*.json
 """
 
 import json

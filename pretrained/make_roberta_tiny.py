@@ -66,9 +66,7 @@ def attend_to_neighbours(model: RobertaForMaskedLM) -> None:
             attention.key.weight[rows, 2 * f : 2 * f + 2] = 2 * torch.eye(2)
 
 
-def mask_tokens(
-    blocks: torch.Tensor, share: float, vocabulary: int, g: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_tokens(blocks: torch.Tensor, share: float, vocabulary: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked copy of (B, L) token ids, and True for those to predict: 80 % are <mask>, 10 % random, 10 % as they were."""
     chosen = (torch.rand(blocks.shape, generator=g) < share) & (blocks >= len(SPECIAL))
     how, random = torch.rand(blocks.shape, generator=g), torch.randint(len(SPECIAL), vocabulary, blocks.shape, generator=g)
