@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # One thread, in this process as in all that it starts, for equal bits. Set here, before a test file loads torch.
 os.environ["OMP_NUM_THREADS"] = "1"
+TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0".split()
 
 
 def pytest_addoption(parser):
@@ -22,7 +24,7 @@ def pytest_addoption(parser):
 
 
 # By how long they take. With `--dist loadfile --no-loadscope-reorder` a short file comes last, and no core waits long.
-LONGEST_FIRST = "vit roberta baselines distributed faults datasets whole_run finetune_text".split()
+LONGEST_FIRST = "vit roberta faults baselines distributed finetune_text datasets whole_run".split()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -56,12 +58,41 @@ def script(hub):
 
 
 @pytest.fixture(scope="session")
-def run(hub):
-    """Run a script in a process of its own and return the finished process."""
+def fork(hub):
+    """start(job) -> its answer: one script in a fork of a process that has the libraries loaded, see zygote.py."""
+    command = [sys.executable, str(ROOT / "tests/zygote.py")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    count = itertools.count()
 
-    def run(name, *flags, code=0):
-        command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=900)
+    def start(script, argv, apart=True, **more):
+        out, err = (str(hub / f"said{next(count)}") for _ in "12")
+        job = {"script": str(ROOT / f"{script}.py"), "argv": [*map(str, argv)], "out": out, "err": err if apart else out}
+        process.stdin.write(json.dumps(job | more) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        said = [Path(job[key]).read_text(errors="replace") for key in ("out", "err")]
+        return answer["code"], answer["passed"], *said
+
+    yield start
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def run(hub, fork):
+    """Run a script to its end and return the finished process. own: in a process of its own, as a user does, which costs ten
+    seconds of imports, so once or twice a script; else in a fork of one that has the libraries loaded. two: two processes."""
+
+    def run(name, *flags, code=0, own=False, two=False, **job):
+        command = [sys.executable, *(TORCHRUN if two else []), str(ROOT / f"{name}.py"), *map(str, flags)]
+        if own:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=900)
+        else:
+            if two:
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    job["port"] = free.getsockname()[1]
+            status, _, *said = fork(name, flags, cwd=str(hub), **job)
+            done = subprocess.CompletedProcess(command, status, *said)
         said = f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == code, f"exit code {done.returncode}, expected {code}: {said}"
         return done
@@ -70,28 +101,19 @@ def run(hub):
 
 
 @pytest.fixture(scope="session")
-def zygote(hub):
-    """start(script, flags, hook) -> (exit code, moments passed, what was said), each in a fork of a process that is warm."""
-    command = [sys.executable, str(ROOT / "tests/zygote.py")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    count = itertools.count()
+def zygote(hub, fork):
+    """start(script, run_dir, flags, hook) -> (exit code, moments passed, what was said), with harm at a chosen moment."""
 
     def start(script, run_dir, flags, hook=None, cache=None, resume=False):
         argv = ["--run-dir", str(run_dir), *["--resume"] * resume]
-        argv += [str(x) for pair in flags.items() for x in pair if x is not None]  # None: a flag without a value
+        argv += [x for pair in flags.items() for x in pair if x is not None]  # None: a flag without a value
         seconds = [int(path.name.split(".")[3]) for path in Path(run_dir).glob("events*")]
         while seconds and int(time.time()) <= max(seconds):  # TensorBoard orders files by second, and within one by process
             time.sleep(0.05)
-        log = hub / f"log{next(count)}"
-        job = {"script": str(ROOT / f"{script}.py"), "argv": argv, "log": str(log), "hook": hook or {}, "cache": cache}
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
-        return answer["code"], answer["passed"], log.read_text(errors="replace").replace("\r", "\n")
+        code, passed, said, _ = fork(script, argv, apart=False, hook=hook or {}, cache=cache)
+        return code, passed, said.replace("\r", "\n")
 
-    yield start
-    process.stdin.close()
-    process.wait()
+    return start
 
 
 def images_of(module, args, size, splits=("train", "test")):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN
 from safetensors.torch import load_file
 from test_roberta import config, word_tokenizer
 
@@ -75,11 +74,7 @@ def test_two_processes_agree_with_one(run, hub, inputs, tmp_path, stage):
     name = stage.split()[0]
     flags = [*inputs[stage], "--batch-size", 8, "--learning-rate", 1e-4, "--log-every", 1, "--eval-every", 0]
     run(name, *flags, "--run-dir", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / f"{name}.py"), *map(str, flags)]
-    command += ["--run-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=hub, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(name, *flags, "--run-dir", tmp_path / "two", two=True, own=stage == STAGES[0])  # by torchrun itself
     agree(tmp_path, "one", "two")
 
 
@@ -106,39 +101,30 @@ def test_a_signal_while_the_losses_are_shared_waits_for_all_processes(script, mo
     assert values == {"losses/total": 3.0} and stopping == late
 
 
-def by_two(run_dir, *flags, name="further_pretrain_vit"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / f"{name}.py"), *map(str, flags)]
-    return [*command, "--run-dir", str(run_dir)]
+def test_a_complete_run_is_left_by_all_processes(run, tmp_path):
+    flags = ("--max-train-samples", 40, "--steps", 1, "--batch-size", 8, "--eval-every", 0, "--run-dir", tmp_path / "run")
+    run("further_pretrain_vit", *flags)
+    done = run("further_pretrain_vit", *flags, "--resume", two=True)
+    assert done.stdout.count(f"{tmp_path}/run is complete: nothing to resume") == 2
 
 
-def torchrun(hub, run_dir, *flags, name="further_pretrain_vit", **options):
-    return subprocess.run(by_two(run_dir, *flags, name=name), capture_output=True, text=True, cwd=hub, timeout=300, **options)
-
-
-def test_a_complete_run_is_left_by_all_processes(run, hub, tmp_path):
-    flags = ("--max-train-samples", 40, "--steps", 1, "--batch-size", 8, "--eval-every", 0)
-    run("further_pretrain_vit", "--run-dir", tmp_path / "run", *flags)
-    done = torchrun(hub, tmp_path / "run", *flags, "--resume")
-    assert done.returncode == 0 and f"{tmp_path}/run is complete: nothing to resume" in done.stdout, done.stderr[-2000:]
-
-
-def test_an_error_that_nobody_foresaw_is_said_by_one_of_many(hub, tmp_path):
-    limit = (resource.RLIMIT_FSIZE, (15_000_000, 15_000_000))  # the first checkpoint is larger
-    flags = ("--max-train-samples", 40, "--steps", 2, "--batch-size", 8, "--eval-every", 0)
-    done = torchrun(hub, tmp_path / "run", *flags, preexec_fn=lambda: resource.setrlimit(*limit))
+def test_an_error_that_nobody_foresaw_is_said_by_one_of_many(run, tmp_path):
+    flags = ("--max-train-samples", 40, "--steps", 2, "--batch-size", 8, "--eval-every", 0, "--run-dir", tmp_path / "run")
+    done = run("further_pretrain_vit", *flags, two=True, code=1, hook={"kind": "full", "at": 1})
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1 and "--debug shows where" in errors[0], done.stderr[-3000:]
+    assert len(errors) == 1 and "--debug shows where" in errors[0], done.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to_all", [False, True])
-def test_asked_to_stop_all_processes_leave_one_checkpoint(hub, tmp_path, to_all):
+def test_asked_to_stop_all_processes_leave_one_checkpoint(run, hub, tmp_path, to_all):
     """SIGTERM to torchrun, which passes it on; or to it and to each of its processes at once, as a cluster does."""
     flags = ("--max-train-samples", 40, "--steps", 300, "--batch-size", 8, "--eval-every", 0, "--log-every", 1)
+    flags = (*flags, "--run-dir", tmp_path / "run")
+    command = [sys.executable, *TORCHRUN, str(ROOT / "further_pretrain_vit.py"), *map(str, flags)]
     (tmp_path / "said").touch()
     with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(by_two(tmp_path / "run", *flags), stdout=said, stderr=said, cwd=hub, start_new_session=True)
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=hub, start_new_session=True)
         while "reconstruction=" not in (tmp_path / "said").read_text() and process.poll() is None:
             time.sleep(0.1)
         assert process.poll() is None, (tmp_path / "said").read_text()[-2000:]
@@ -148,8 +134,8 @@ def test_asked_to_stop_all_processes_leave_one_checkpoint(hub, tmp_path, to_all)
         assert process.wait(timeout=120) != 0
     lines = [line for line in (tmp_path / "said").read_text().replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "stopped by a signal at step " in lines[0] and (tmp_path / "run/resume.pt").exists()
-    done = torchrun(hub, tmp_path / "run", *flags, "--resume")
-    assert done.returncode == 0 and (tmp_path / "run/metrics.json").exists(), done.stderr[-2000:]
+    run("further_pretrain_vit", *flags, "--resume", two=True, own=True)
+    assert (tmp_path / "run/metrics.json").exists()
 
 
 @pytest.mark.parametrize(("name", "flags", "line"), [
@@ -157,9 +143,8 @@ def test_asked_to_stop_all_processes_leave_one_checkpoint(hub, tmp_path, to_all)
     ("self_distill_roberta", (8, 17), "the last batch has 1 texts for 2 processes: give another --batch-size"),
     ("finetune", (8, 17), "the last batch has 1 samples for 2 processes: give another --batch-size"),
 ])  # fmt: skip
-def test_a_batch_that_cannot_be_shared_is_refused(hub, inputs, tmp_path, name, flags, line):
+def test_a_batch_that_cannot_be_shared_is_refused(run, inputs, tmp_path, name, flags, line):
     texts = inputs["finetune texts"] if name != "further_pretrain_vit" else ()
-    flags = (*texts, "--batch-size", flags[0], "--max-train-samples", flags[1])
-    done = torchrun(hub, tmp_path / "run", *flags, name=name)
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert f"error: {line}" in done.stderr, done.stderr[-2000:]
+    flags = (*texts, "--batch-size", flags[0], "--max-train-samples", flags[1], "--run-dir", tmp_path / "run")
+    done = run(name, *flags, two=True, code=2)
+    assert not (tmp_path / "run").exists() and f"error: {line}" in done.stderr, done.stderr[-2000:]

@@ -353,9 +353,9 @@ def test_letters_that_the_terminal_lacks_and_another_path_of_the_script(run, tmp
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     (tmp_path / "link").symlink_to(ROOT)
     flags = ("--run-dir", tmp_path / "бег", "--steps", 1, "--batch-size", 8, "--max-train-samples", 16, "--eval-every", 0)
-    assert f"wrote {tmp_path}/\\u0431\\u0435\\u0433/model" in run("further_pretrain_vit", *flags).stdout
+    assert f"wrote {tmp_path}/\\u0431\\u0435\\u0433/model" in run("further_pretrain_vit", *flags, own=True).stdout
     monkeypatch.setattr("conftest.ROOT", tmp_path / "link")
-    assert "is complete: nothing to resume" in run("further_pretrain_vit", *flags, "--resume").stdout
+    assert "is complete: nothing to resume" in run("further_pretrain_vit", *flags, "--resume", own=True).stdout
 
 
 def test_debug_shows_the_traceback(run, zygote, tmp_path):

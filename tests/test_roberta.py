@@ -302,7 +302,7 @@ DISTILLED = ("--epochs", 3, "--max-train-samples", 320, "--log-every", 5, "--eva
 def distilled(run, tmp_path_factory):
     """One run of all of Algorithm 1 on 320 docstrings."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    return run_dir, run("self_distill_roberta", "--run-dir", run_dir, *DISTILLED)
+    return run_dir, run("self_distill_roberta", "--run-dir", run_dir, *DISTILLED, own=True)
 
 
 def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
@@ -340,7 +340,7 @@ def test_stage_by_stage_is_the_one_command_and_finetune_takes_over(distilled, ru
     import tyro
 
     flags = (*DISTILLED, "--eval-every", 0)
-    done = run("further_pretrain_roberta", "--run-dir", tmp_path / "further", *flags)
+    done = run("further_pretrain_roberta", "--run-dir", tmp_path / "further", *flags, own=True)
     _, then, *words = shlex.split(done.stdout.strip().splitlines()[-1])
     args = tyro.cli(sd.Args, args=words)  # what it says comes next
     assert then.endswith("self_distill_roberta.py") and args.teacher == str(tmp_path / "further/model")

@@ -349,7 +349,7 @@ def runs(run, tmp_path_factory):
     flags = ("--steps", 30, "--log-every", 5, "--eval-every", 15, "--save-every", 10, *SMALL)
     out = {}
     for name in ("further_pretrain_vit", "self_distill_vit"):
-        out[name] = base / name, run(name, "--run-dir", base / name, *flags)
+        out[name] = base / name, run(name, "--run-dir", base / name, *flags, own=True)
     return out
 
 
@@ -450,7 +450,7 @@ def test_a_teacher_takes_the_place_of_round_0(runs, run, tmp_path):
 @pytest.mark.parametrize("source", ["further_pretrain_vit", "self_distill_vit", None])
 def test_finetune_takes_over(runs, run, tmp_path, source):
     model, steps = (("--model", runs[source][0] / "model"), 4) if source else ((), 80)
-    done = run("finetune", "--run-dir", tmp_path / "run", "--steps", steps, "--log-every", 2, *model)
+    done = run("finetune", "--run-dir", tmp_path / "run", "--steps", steps, "--log-every", 2, *model, own=source is None)
     came = f"encoder loaded from {model[1] if source else TINY}, new: classifier.bias, classifier.weight, left out: decoder"
     assert came in done.stdout
     final = json.loads((tmp_path / "run/metrics.json").read_text())["final"]

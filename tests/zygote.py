@@ -1,8 +1,10 @@
 """Runs scripts in forks of one process that has the libraries loaded, and hurts them at a chosen moment.
 
-A line of JSON on stdin is one run: {"script", "argv", "log", "cache", "hook"}; a line on stdout is its exit code (-9 for
-SIGKILL) and the names of the moments that it passed. A moment is a call that may be cut off: an optimizer step, each half of a
-checkpoint, a sync, a rename, a saved model, a decoded image. hook: {"kind", "at"}, what happens at moment number `at`.
+A line of JSON on stdin is one run: {"script", "argv", "out", "err"}, and if wanted "cwd", "cache", "hook", "port" (two
+processes that meet there, in the environment that torchrun would give them; if one fails, the other is ended); a line on
+stdout is its exit code (-9 for SIGKILL) and the names of the moments that it passed. A moment is a call that may be cut off:
+an optimizer step, each half of a checkpoint, a sync, a rename, a saved model, a decoded image. hook: {"kind", "at"}, what
+happens at moment number `at`.
 """
 
 import io
@@ -96,14 +98,15 @@ def watch(hook: dict, passed: list[str], run_dir: str) -> None:
 
 
 def child(job: dict, report: Path) -> None:
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for path, number in ((job["out"], 1), (job["err"], 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.setpgid(0, 0)
+    os.chdir(job.get("cwd", "."))
     if job.get("cache"):
         datasets.config.HF_DATASETS_CACHE = Path(job["cache"])
     passed, code = [], 0
-    watch(job.get("hook", {}), passed, job["argv"][job["argv"].index("--run-dir") + 1])
+    if "hook" in job:
+        watch(job["hook"], passed, job["argv"][job["argv"].index("--run-dir") + 1])
     sys.argv = [job["script"], *job["argv"]]
     try:
         runpy.run_path(job["script"], run_name="__main__")
@@ -125,9 +128,20 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
-        report = Path(job["log"] + ".passed")  # a file: a pipe would stay open in processes that a run leaves behind
-        if (number := os.fork()) == 0:
-            child(job, report)
-        status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+        report = Path(job["out"] + ".passed")  # a file: a pipe would stay open in processes that a run leaves behind
+        status, running = 0, {}
+        for rank in range(2 if "port" in job else 1):
+            if (number := os.fork()) == 0:
+                if "port" in job:
+                    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "WORLD_SIZE": "2"}
+                    os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                child(job, report)
+            running[number] = rank
+        while running:
+            number, ended = os.wait()
+            if running.pop(number, None) is not None and not status:
+                status = os.waitstatus_to_exitcode(ended)
+                for other in running if status else ():
+                    os.kill(other, signal.SIGTERM)
         passed = json.loads(report.read_text()) if report.exists() else []
         print(json.dumps({"code": status, "passed": passed}), flush=True)
