@@ -133,6 +133,9 @@ def test_mars_takes_a_convolution_as_one_row_an_output_channel(ft):
     ft.mars([(moved, start, False)], ft.Args(mars_gamma=2.4))
     torch.testing.assert_close(moved[0], p[0] / 2)
     assert torch.equal(moved[1], p[1])
+    table = torch.full((1, 5, 8), 9.0)  # positions are no weight matrix
+    ft.mars([(table, torch.zeros(1, 5, 8), False)], ft.Args(mars_gamma=2.4))
+    assert (table == 9).all()
 
 
 def test_r3f_is_a_hand_written_divergence_with_a_gradient_through_both_and_zero_at_zero_noise(ft, hub):
@@ -279,6 +282,9 @@ def test_student_init_decides_where_a_round_starts(run, tmp_path, name):
         moved[init] = {e.step: e.value for e in events.Scalars("charts/distance_from_init")}
         distill = {e.step: e.value for e in events.Scalars("losses/distill")}
         assert (distill[4] < 1e-8) == (init == "teacher")  # at its first step the student still is the teacher
+    given = (*flags, "--student-init", "teacher", "--teacher", tmp_path / "pretrained/round_0")
+    run(name, "--run-dir", tmp_path / "given", *given, "--warmup-ratio", 1.0)
+    assert {e.step: e.value for e in EventAccumulator(str(tmp_path / "given")).Reload().Scalars("losses/distill")}[1] < 1e-8
     assert moved["pretrained"][3] == moved["teacher"][3]
     assert moved["teacher"][4] > 0.9 * moved["teacher"][3] and moved["pretrained"][4] < 0.5 * moved["pretrained"][3]
 

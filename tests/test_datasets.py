@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -234,6 +235,11 @@ def test_non_ascii_and_empty_texts(script, tokenizer, tmp_path, capsys):
     kept = [tokenizer.decode(ids, skip_special_tokens=True) for ids in data["train"][0]]
     assert "\u00fcber \u65e5\u672c\u8a9e \U0001f600" in kept and "plain" in kept
     assert "samples of train are empty and left out" in capsys.readouterr().out
+    (tmp_path / "test").mkdir()  # of a test split none is left out: it is scored as the others are
+    for split in ("train", "test"):
+        (tmp_path / f"test/{split}.jsonl").write_text((tmp_path / "d.jsonl").read_text())
+    data, _ = texts_of(module, module.Args(dataset=str(tmp_path / "test")), tokenizer)
+    assert [len(texts) for texts, _ in data.values()] == [3, 5]
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
@@ -263,6 +269,7 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "other words": (("Training/{a,b}/6.jpg", "eval/{a,b}/3.jpg", "dev/{a,b}/2.jpg"), (12, 6), ["a", "b"]),
     "in a folder called data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "README.md"), (12, 6), ["a", "b"]),
     "in folders of folders": (("a/b/train2017/{a,b}/6.jpg", "a/b/test2017/{a,b}/3.jpg"), (12, 6), ["a", "b"]),
+    "a validation split called dev": (("train/{a,b}/10.jpg", "dev/{a,b}/3.jpg"), (18, 2), ["a", "b"]),
     "glued words": (("TrainImages/{a,b}/6.jpg", "TestImages/{a,b}/3.jpg", "oldTrain/{a,b}/2.jpg"), (16, 6), ["a", "b"]),
     "an unlabelled split that is not used": (("train/{a,b}/6.jpg", "test/{a,b}/3.jpg", "val/3.jpg"), (12, 6), ["a", "b"]),
     "as downloaded": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", ".cache/x.json", "infos.json"), (12, 6), ["a", "b"]),
@@ -275,6 +282,8 @@ LAYOUTS = {  # what lies in a folder: (files, rows of train and of test, classes
     "csv with a licence": (("train.csv", "test.csv", "LICENSE", "notes.md", "get.py"), (12, 6), ["x", "y"]),
     "csv in parts": (("train-00000-of-00002.csv", "train-00001-of-00002.csv", "test.csv"), (24, 6), ["x", "y"]),
     "csv in a folder called data": (("data/sst_train.csv", "data/sst_test.csv", "README.md"), (12, 6), ["x", "y"]),
+    "a picture beside train alone": (("train/{a,b}/12.jpg", "1.jpg"), (21, 3), ["a", "b"]),
+    "csv of which none says train": (("sst_test.csv", "more.csv"), (16, 2), ["x", "y"]),
     "csv as downloaded": (("data/train.csv", "data/test.csv", ".git/HEAD", "infos.json"), (12, 6), ["x", "y"]),
 }  # fmt: skip
 
@@ -299,6 +308,7 @@ def lay(base, files):
 
 UNCLEAR = {  # what would train on a test, or leave most out, is refused
     "an image beside data": (("data/train/{a,b}/6.jpg", "data/test/{a,b}/3.jpg", "1.jpg"), "train and test lie in its "),
+    "train and validation deeper down": (("de/train.csv", "de/val.csv", "en/train.csv"), "train and test lie in its folder "),
     "two of everything": (("de/train.csv", "de/test.csv", "en/train.csv", "en/test.csv"), "train and test lie in its folder "),
     "a folder train that is none": (("training_data/train/2.jpg", "training_data/test/2.jpg"), "train and test lie in its "),
     "a class called train": (("bus/6.jpg", "car/6.jpg", "train/6.jpg"), "its folder train lies beside others of images"),
@@ -348,9 +358,19 @@ def test_what_lies_beside_the_data_is_not_the_data(script, tokenizer, tmp_path, 
     assert list((tmp_path / "saved").glob("cache-*.arrow"))
     data, _ = texts_of(ft, ft.Args(dataset=str(tmp_path / "saved")), tokenizer)
     assert [len(texts) for texts, _ in data.values()] == [18, 2]
+    datasets.Dataset.from_list(rows_of()).to_parquet(tmp_path / "metadata.parquet")  # a list of images beside them alone
+    data, _ = texts_of(ft, ft.Args(dataset=str(tmp_path / "metadata.parquet")), tokenizer)
+    assert [len(texts) for texts, _ in data.values()] == [18, 2]
+    with zipfile.ZipFile(lay(tmp_path / "unpacked", ("train/{a,b}/6.jpg", "test/{a,b}/3.jpg")) / "all.zip", "w") as archive:
+        archive.writestr("train/a/0.jpg", "where they came from")
+    data, _ = images_of(ft, ft.Args(dataset=str(tmp_path / "unpacked")), 16)
+    assert [len(images) for images, _ in data.values()] == [12, 6]
     (tmp_path / "d.txt").write_text("first\nsecond\n", encoding="utf-8-sig")
     data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / "d.txt")), tokenizer, ("train",))
     assert tokenizer.decode(data["train"][0][0], skip_special_tokens=True) == "first"
+    (tmp_path / "two.csv").write_text("text,label\n" + "a word,x\n" * 9 + "one,rare\n" * 2)
+    data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / "two.csv")), tokenizer, ("train",))
+    assert len(data["train"][0]) == 9  # what finetune.py will be tested on is left out
     (tmp_path / "d.csv").write_text("text,label\n" + "a word,x\n" * 9 + "one,rare\n")
     capsys.readouterr()
     data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / "d.csv")), tokenizer, ("train",))
@@ -391,7 +411,19 @@ def test_labels_of_a_list_of_images_count_where_the_library_reads_it(script, tmp
     found = script("further_pretrain_vit").read_files(tmp_path / "d", ("train", "test"))
     assert {split: len(part) for split, part in found.items()} == {"train": 4, "test": 4}
     assert "label" not in found["train"].features if not inside else list(found["train"]["label"]) == list("xyxy")
-    assert ("1 of its 9 files are not read" in capsys.readouterr().out) == (not inside)
+    said = capsys.readouterr().out
+    assert "are not read" not in said if inside else "1 of its 9 files are not read" in said
+    lay(tmp_path / "one", ("images/4.jpg",))  # a list beside the only folder, which it names
+    lines = [{"file_name": f"images/{name}", "label": label} for name, label in rows]
+    (tmp_path / "one/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(script("further_pretrain_vit").read_files(tmp_path / "one", ("train",))["train"]["label"]) == list("xyxy")
+
+
+def test_files_are_read_in_the_order_of_their_names(script, tmp_path):
+    """Not in that of a set, which is another in each process: a seed would mean another order of the data."""
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(f"{i}\n")
+    assert list(script("further_pretrain_roberta").read_files(tmp_path, ("train",))["train"]["text"]) == list("012345678")
 
 
 def test_a_hub_set_without_usual_splits_says_which_are_left_out(script, tokenizer, tmp_path, monkeypatch, capsys):
@@ -447,6 +479,7 @@ LABELS = {  # values of a column, and what becomes of them
     "fields": ("json", [{"name": "x"}, {"name": "y"}], [], "of type list, is not a class"),
     "scores": ("csv", [0.25, 0.5], [], "of type float, is not a class"),
     "scores in json": ("json", [0.25, 0.5], [], "of type float, is not a class"),
+    "a number among names": ("csv", ["3.11", "x"], ["3.11", "x"], ""),
     "numbers with zeros before them": ("csv", ["001", "1"], ["001", "1"], ""),
 }
 
@@ -482,12 +515,16 @@ def test_labels_of_a_csv_are_what_is_written_in_all_its_files_and_parts(script, 
 
 
 def test_a_class_of_empty_texts_alone_does_not_keep_the_held_out_tenth_in_training(script, tokenizer, tmp_path):
-    rows = [{"text": f"a text {i}", "label": "bc"[i % 2]} for i in range(40)] + [{"text": "", "label": "a"}] * 4
+    rows = [{"text": "", "label": "a"}] * 4 + [{"text": f"a text {i}", "label": "bc"[i % 2]} for i in range(40)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     fr = script("further_pretrain_roberta")
     kinds = [("train",), ("train", "test")]  # as in pre-training, as in fine-tuning
     one, two = (texts_of(fr, fr.Args(dataset=str(tmp_path / "d.jsonl")), tokenizer, splits)[0]["train"][0] for splits in kinds)
     assert len(one) == 36 and all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    data, names = texts_of(fr, fr.Args(dataset=str(tmp_path / "d.jsonl")), tokenizer)
+    for samples, labels in data.values():  # and each text keeps its own label
+        numbers = [int(tokenizer.decode(ids, skip_special_tokens=True).split()[-1]) for ids in samples]
+        assert [names[label] for label in labels] == ["bc"[i % 2] for i in numbers]
 
 
 def test_few_samples_can_be_drawn_where_they_cannot_be_stratified(script, tokenizer, tmp_path):
@@ -503,6 +540,8 @@ def test_few_samples_can_be_drawn_where_they_cannot_be_stratified(script, tokeni
             (tmp_path / f"{n}/{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
         data, _ = texts_of(fr, fr.Args(dataset=str(tmp_path / str(n)), max_train_samples=n), tokenizer)
         assert len(data["train"][0]) == n and len({ids.tobytes() for ids in data["train"][0]}) == n
+        all_of_them = fr.Args(dataset=str(tmp_path / str(n)), max_train_samples=len(rows + more))
+        assert len(texts_of(fr, all_of_them, tokenizer)[0]["train"][0]) == len(rows + more)
 
 
 def test_images_are_decoded_once_for_all_runs_stages_and_seeds(script, tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ def inputs(hub, tmp_path_factory):
     images = ["--model", VIT, "--max-train-samples", 40, "--steps", 6]
     texts = ["--model", base / "model", "--dataset", base / "texts", "--epochs", 2]
     tuned = {f"finetune {kind}": [*images, "--dropout", 0.0, "--method", kind] for kind in ("recadam", "mars", "r3f")}
-    return tuned | {"further_pretrain_vit": images, "self_distill_vit": images, "finetune": [*images, "--dropout", 0.0],
+    tuned["finetune"] = [*images, "--dropout", 0.0, "--flip", "True"]
+    return tuned | {"further_pretrain_vit": images, "self_distill_vit": images,
             "further_pretrain_roberta": texts, "self_distill_roberta": texts, "finetune texts": texts}  # fmt: skip
 
 
@@ -85,6 +86,16 @@ def test_a_compiled_run_agrees_with_an_eager_one(run, inputs, tmp_path, stage):
     run(stage.split()[0], *flags, "--run-dir", tmp_path / "eager")
     run(stage.split()[0], *flags, "--run-dir", tmp_path / "compiled", "--compile", "on")
     agree(tmp_path, "eager", "compiled")
+
+
+@pytest.mark.parametrize("name", ["further_pretrain_roberta", "self_distill_roberta", "finetune"])
+def test_processes_drop_differently_and_a_resumed_run_as_before(name):
+    line = next(line for line in (ROOT / f"{name}.py").read_text().splitlines() if "manual_seed(int(rng" in line)
+    drawn = []
+    for rank in (0, 1, 0):
+        exec(line.strip(), {"torch": torch, "rng": np.random.default_rng(3), "rank": rank})  # as its main part does
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 @pytest.mark.parametrize("late", [True, False])

@@ -4,9 +4,12 @@ The quick part is run by default. The whole, every kill of every script, is `pyt
 """
 
 import io
+import itertools
 import json
+import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -95,6 +98,7 @@ CASES = [pytest.param(name, 3) for name in (*SCRIPTS, "finetune by recadam")] + 
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(zygote, stages, undisturbed, tmp_path, stage, kills):
     script, flags, (passed, whole) = stage.split()[0], stages[stage], undisturbed(stage)
     assert {"step", "half a checkpoint", "before sync", "before rename to resume.pt", "model saved"} < set(passed)
+    assert {one for one, two in itertools.pairwise(passed) if two.startswith("before rename")} == {"before sync"}
     kinds = {}
     for at, name in enumerate(passed, 1):
         kinds.setdefault(name, []).append(at)
@@ -133,8 +137,10 @@ def test_killed_twice_and_asked_to_stop_once(zygote, stages, undisturbed, tmp_pa
     agree(whole, result(tmp_path / "cut"))
     assert 1000 < json.loads((tmp_path / "cut/metrics.json").read_text())["seconds"] < 1200  # of all its parts
     (tmp_path / "cut/.DS_Store").write_text("of a file browser")
+    (tmp_path / "cut/resume.pt").touch()  # killed before the last line but one
     code, _, said = zygote("self_distill_vit", tmp_path / "cut", flags, resume=True)
     assert code == 0 and said.startswith(f"{tmp_path}/cut is complete: nothing to resume")
+    assert not (tmp_path / "cut/resume.pt").exists()
 
 
 def test_without_an_interval_a_checkpoint_is_written_at_the_end_alone(zygote, stages, tmp_path):
@@ -191,7 +197,7 @@ def test_ctrl_c_while_images_are_decoded_is_one_line(zygote, tmp_path):
     hook = {"kind": "interrupt", "at": 7, "decode": True}  # in each of the processes that decode
     code, _, said = zygote("further_pretrain_vit", tmp_path / "run", {"--steps": 2}, hook, str(tmp_path / "cache"))
     errors = [line for line in said.splitlines() if "error" in line.lower()]
-    assert code == 1 and set(errors) == {"error: interrupted"} and "Traceback" not in said, said[-1500:]
+    assert code == 1 and errors == ["error: interrupted"] and "Traceback" not in said, said[-1500:]
     assert not (tmp_path / "run").exists()
 
 
@@ -211,6 +217,18 @@ def test_a_signal_while_images_are_decoded_leaves_no_process_behind(zygote, tmp_
         time.sleep(0.1)
     assert not left
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_before_finetune_has_read_its_arguments_data_is_one_line(monkeypatch, capfd):
+    """It looks at the model before set_up, which sees to signals in the other scripts."""
+    monkeypatch.setattr("sys.argv", ["finetune.py"])
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("os._exit", sys.exit)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    signal.signal(signal.SIGINT, before)
+    assert end.type is SystemExit and end.value.code == 1 and capfd.readouterr().err == "\nerror: interrupted\n"
 
 
 # ------------------------------------------------------------------------------------------------ faults under way
@@ -341,6 +359,14 @@ def test_a_full_stdout_does_not_hide_the_line(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         module.fail("the reason")
     assert capsys.readouterr().err == "error: the reason\n"
+
+
+def test_a_librarys_line_that_announces_the_next_is_said_with_it(script, capsys):
+    module = script("further_pretrain_vit")
+    for error, line in (("Not one of:\nthis\nor that", "Not one of: this"), ("Not this\nnor that", "Not this ")):
+        with pytest.raises(SystemExit), module.explain("cannot load", "hint"):
+            raise ValueError(error)
+        assert capsys.readouterr().err == f"error: cannot load: {line.strip()} (hint)\n"
 
 
 def test_a_name_of_a_run_that_is_too_long_is_refused(run, tmp_path):
@@ -510,6 +536,11 @@ def indexed(source, path):
     return path
 
 
+def empty(path):
+    path.mkdir()
+    return path
+
+
 def floats(path):
     path.mkdir()
     Image.fromarray(np.random.default_rng(0).random((20, 20), np.float32)).save(path / "a.tiff")
@@ -601,6 +632,8 @@ BAD = {  # script, flags, the whole line after "error: "; what stands for * is a
                                 "cannot write to {p}/f/run: * (give another --run-dir)"),
     "run directory is a file": (V, lambda p: {"--run-dir": csv(p / "f", "x")},
                                 "{p}/f exists: go on with it by --resume, or give another --run-dir"),
+    "validation alone": (V, lambda p: {"--dataset": photos(p / "d/val").parent},
+                         "{p}/d has no train split, only validation: name its folder or file train"),
     "no split to train on": (V, lambda p: {"--dataset": photos(p / "d/test").parent},
                              "{p}/d has no train split, only test: name its folder or file train"),
     "tabs": (R, lambda p: {"--dataset": csv(p / "d.csv", "text\tlabel\na\tx\n")},
@@ -612,6 +645,7 @@ BAD = {  # script, flags, the whole line after "error: "; what stands for * is a
     "no such folder": (V, lambda p: {"--dataset": p / "none"},
                        "unknown dataset {p}/none: give mnist5k, aircraft, cub, chest_xray, dtd, dogs, flowers, cifar100, "
                        "a folder, a file, or a Hub id (owner/name)"),
+    "no such folder at home": (V, lambda p: {"--dataset": "~/nosuch"}, "unknown dataset ~/nosuch: give mnist5k, *"),
     "floating-point pixels": (V, lambda p: {"--dataset": floats(p / "d")},
                               "cannot load {p}/d: cannot decode image {p}/d/a.tiff (row 0): its pixels are neither of 8 "
                               "bits nor of 16, save it with 8 (mend or remove it)"),
@@ -637,6 +671,10 @@ BAD = {  # script, flags, the whole line after "error: "; what stands for * is a
                                  "train"),
     "one class": (F, lambda p: {"--dataset": csv(p / "d.csv", "text,label\n" + "a b,x\n" * 30), "--model": ROBERTA},
                   "{p}/d.csv has 1 classes: {labelled}"),
+    "texts in json by default": (F, lambda p: {"--dataset": csv(p / "d.jsonl", '{"text": "a", "label": "x"}')},
+                                 "cannot load model FacebookAI/* {either}"),
+    "texts in a folder like a pattern": (F, lambda p: {"--dataset": csv(empty(p / "d [1]") / "d.csv", "text\na\n").parent},
+                                         "cannot load model FacebookAI/* {either}"),
     "a folder of texts by default": (F, lambda p: {"--dataset": csv(p / "train.csv", "text,label\na,x\n").parent},
                                      "cannot load model FacebookAI/* {either}"),
     "name too long": (V, lambda p: {"--dataset": "x" * 300}, "unknown dataset x*"),
@@ -658,6 +696,10 @@ BAD = {  # script, flags, the whole line after "error: "; what stands for * is a
     "a layer too many": (R, lambda p: {"--model": changed(ROBERTA, p / "m", num_hidden_layers=3)},
                          "{p}/m is not a masked language model with its head: no weights, or no place, for "
                          "roberta.encoder.layer.3.*"),
+    "a layer too many, images": (V, lambda p: {"--model": changed(VIT, p / "m", num_hidden_layers=3)},
+                                 "the weights of {p}/m do not fit a ViT-MAE with decoder: *unexpected_keys*"),
+    "a layer too many, fine-tuning": (F, lambda p: {"--model": changed(VIT, p / "m", num_hidden_layers=3)},
+                                      "the weights of {p}/m do not fit a * of its configuration: *.3.*"),
     "pickles by an index, images": (V, lambda p: {"--model": indexed(VIT, p / "m")},
                                     "weights not in safetensors: convert them"),
     "pickles by an index, texts": (R, lambda p: {"--model": indexed(ROBERTA, p / "m")},

@@ -59,7 +59,9 @@ def test_a_classifier_of_other_classes_begins_anew_and_nothing_else_may(script, 
     kept = [key for key in before.state_dict() if key not in last]
     assert all(torch.equal(before.state_dict()[key], as_many.state_dict()[key]) for key in kept)
     assert all(torch.equal(before.state_dict()[key], other.state_dict()[key]) for key in kept)
-    wider = json.loads((tmp_path / "four/config.json").read_text())
+    wider = json.loads((tmp_path / "four/config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (tmp_path / "four/config.json").write_text(json.dumps(wider))
+    assert ft.load_model(str(tmp_path / "four"), config, list("xyz"), 0.0)[0].config.problem_type is None
     wider["intermediate_size"] *= 2
     (tmp_path / "four/config.json").write_text(json.dumps(wider))
     with pytest.raises(SystemExit):

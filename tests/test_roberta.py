@@ -330,7 +330,11 @@ def test_a_run_on_docstrings_learns_and_leaves_the_right_files(distilled):
     assert all(line.count("|") == 3 for line in shown[2:]) and any("&lt;mask>" in line for line in shown)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["stage"] == "self_distill_roberta" and metrics["final"]["losses/distill"] > 0
-    assert f"/finetune.py --dataset docstrings --max-train-samples 320 --seed 1 --model {run_dir}/model" in done.stdout
+    assert metrics["samples_per_second"] == pytest.approx(6 * 320 / metrics["seconds"], rel=0.05)
+    assert scalars["charts/samples_per_second"][-1][1] == pytest.approx(metrics["samples_per_second"], rel=0.4)
+    assert metrics["final"]["charts/distill_unexplained"] == pytest.approx(scalars["charts/distill_unexplained"][0][1])
+    said = f"/finetune.py --dataset docstrings --max-train-samples 320 --seed 1 --model {run_dir}/model --max-length 512\n"
+    assert said in done.stdout
     model, info = AutoModelForSequenceClassification.from_pretrained(run_dir / "model", output_loading_info=True)
     assert all(key.startswith("classifier.") for key in info["missing_keys"]) and model.config.hidden_dropout_prob == 0.1
 
@@ -455,6 +459,12 @@ def broken_model(folders, tmp_path, fault):
         hf.RobertaModel(config("roberta"), add_pooling_layer=False).save_pretrained(path)
     elif fault == "gpt2":
         hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)).save_pretrained(path)
+    elif fault == "dropped layers":  # model.layers.1, where RoBERTa has encoder.layer.1
+        shape = config("modernbert")
+        hf.ModernBertForMaskedLM(shape).save_pretrained(path)
+        shape.num_hidden_layers = 1
+        shape.layer_types = shape.layer_types[:1]
+        shape.save_pretrained(path)
     elif fault == "no mask":
         word_tokenizer(mask_token=None).save_pretrained(path)
     elif fault == "no padding":
@@ -530,6 +540,8 @@ FAULTS = {
                        " see --input-column and --label-column"),
     "no head": (lambda t, f: ("--model", broken_model(f, t, "no head")),
                 "{model} is not a masked language model with its head: no weights, or no place, for lm_head.bias, ..."),
+    "dropped layers": (lambda t, f: ("--model", broken_model(f, t, "dropped layers")),
+                       "{model} is not a masked language model with its head: no weights, or no place, for ..."),
     "gpt2": (lambda t, f: ("--model", broken_model(f, t, "gpt2")), "cannot load model {model}: ..."),
     "no mask": (lambda t, f: ("--model", broken_model(f, t, "no mask")),
                 "the tokenizer of {model} has no mask or padding token, or puts no start token before a text, but <s>, </s>, "

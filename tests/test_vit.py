@@ -172,6 +172,18 @@ def test_in_bf16_the_gradient_on_digits_is_near_that_of_fp32(fp):
     assert 0 < apart < 0.1  # above 1 with the projection in bf16
 
 
+def test_finetune_keeps_pixels_in_fp32_too(script):
+    from transformers import AutoConfig
+
+    model = script("finetune").load_model(str(TINY), AutoConfig.from_pretrained(TINY), ["a", "b"], 0.0)[0]
+    scope = {"model": model, "device": torch.device("cpu"), "torch": torch}
+    for line in (ROOT / "finetune.py").read_text().splitlines():
+        if line.startswith("        projection"):  # as its main part does
+            exec(line.strip(), scope)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.vit.embeddings.patch_embeddings(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+
+
 @pytest.mark.parametrize(("representation", "tokens"), [("cls", 1), ("mean", 65)])
 def test_the_last_layers_mlp_sees_only_what_is_read(sd, batch, representation, tokens):
     """Nothing after the last layer reads the other tokens, so they are spared its MLP, in whole images and nowhere else."""
@@ -346,7 +358,7 @@ SMALL = ("--max-train-samples", 400, "--batch-size", 32)
 def runs(run, tmp_path_factory):
     """One run of each pre-training script on mnist5k."""
     base = tmp_path_factory.mktemp("runs")
-    flags = ("--steps", 30, "--log-every", 5, "--eval-every", 15, "--save-every", 10, *SMALL)
+    flags = ("--steps", 30, "--log-every", 5, "--eval-every", 20, "--save-every", 10, "--label-column", "label", *SMALL)
     out = {}
     for name in ("further_pretrain_vit", "self_distill_vit"):
         out[name] = base / name, run(name, "--run-dir", base / name, *flags, own=True)
@@ -362,6 +374,7 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs, hub):
                             "charts/samples_per_second", "charts/distance_from_init", "eval/knn_accuracy",
                             "eval/knn_accuracy_start"}  # fmt: skip
     assert [step for step, _ in scalars["losses/total"]] == [5, 10, 15, 20, 25, 30]
+    assert [step for step, _ in scalars["eval/knn_accuracy"]] == [20, 30]  # and at the end
     assert scalars["losses/reconstruction"][-1][1] < 0.9 * scalars["losses/reconstruction"][0][1]
     assert 0 < scalars["charts/distance_from_init"][0][1] < scalars["charts/distance_from_init"][-1][1]
     assert events.Tags()["images"] == ["eval/reconstruction"] and "args/text_summary" in events.Tags()["tensors"]
@@ -375,8 +388,9 @@ def test_further_pretraining_learns_and_leaves_the_right_files(runs, hub):
     python, then, *flags = shlex.split(done.stdout.strip().splitlines()[-1])
     assert python == "python" and (hub / then).resolve() == ROOT / "self_distill_vit.py"
     assert flags == shlex.split(
-        "--dataset mnist5k --max-train-samples 400 --seed 1 --steps 30 --batch-size 32 --learning-rate 0.0005 "
-        f"--weight-decay 0.01 --warmup-ratio 0.0 --mask-ratio 0.75 --model {TINY} --teacher {run_dir}/model")  # fmt: skip
+        "--dataset mnist5k --label-column label --max-train-samples 400 --seed 1 --steps 30 --batch-size 32 "
+        "--learning-rate 0.0005 --weight-decay 0.01 "
+        f"--warmup-ratio 0.0 --mask-ratio 0.75 --model {TINY} --teacher {run_dir}/model")  # fmt: skip
 
 
 def test_self_distillation_is_round_0_plus_rounds(runs):
@@ -385,11 +399,14 @@ def test_self_distillation_is_round_0_plus_rounds(runs):
     head = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert metrics["parent"] == f"{TINY}, teacher round 0" and metrics["git_commit"] == head.stdout.strip()
     assert metrics["samples_per_second"] == pytest.approx(60 * 32 / metrics["seconds"], rel=0.05)
+    chart = tags(run_dir)[1]["charts/samples_per_second"]
+    assert chart[-1][1] == pytest.approx(metrics["samples_per_second"], rel=0.4)
     assert "reconstruction=" in done.stderr and "distill=" in done.stderr and "round 1" in done.stderr
     assert "(a small run: real digits and a tiny model)" in done.stdout
     python, then, *flags = shlex.split(done.stdout.strip().splitlines()[-1])  # what it says comes next
     assert python == "python" and then.endswith("finetune.py")
-    assert flags == shlex.split(f"--dataset mnist5k --max-train-samples 400 --seed 1 --model {run_dir}/model")
+    said = "--dataset mnist5k --label-column label --max-train-samples 400 --seed 1"
+    assert flags == shlex.split(f"{said} --model {run_dir}/model")
     files = {p.name for p in run_dir.iterdir() if not p.name.startswith("events")}
     assert files == {"model", "round_0", "round_1", "metrics.json"}
     _, scalars = tags(run_dir)
@@ -437,6 +454,8 @@ def test_a_teacher_takes_the_place_of_round_0(runs, run, tmp_path):
     run("self_distill_vit", "--teacher", runs["further_pretrain_vit"][0] / "model", "--run-dir", tmp_path / "run", *flags)
     files = {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("events")}
     assert files == {"model", "round_1", "metrics.json"}
+    parent = json.loads((tmp_path / "run/metrics.json").read_text())["parent"]
+    assert parent == f"{TINY}, teacher {runs['further_pretrain_vit'][0]}/model"
     both = runs["self_distill_vit"][0], tmp_path / "run"
     one, two = (load_file(run_dir / "round_1/model.safetensors") for run_dir in both)
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -462,7 +481,12 @@ def test_finetune_takes_over(runs, run, tmp_path, source):
     assert wrote.startswith(f"wrote {tmp_path}/run/model: test accuracy {final['test/accuracy']:.4f}, ")
     python, c, code = shlex.split(then)
     assert (python, c) == ("python", "-c") and f't.pipeline("image-classification", "{tmp_path}/run/model")("a.png")' in code
+    processor = json.loads((tmp_path / "run/model/preprocessor_config.json").read_text())
+    assert (processor["resample"], processor["image_mean"]) == (2, list(IMAGENET[0]))
     if source is None:
+        metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+        assert metrics["samples_per_second"] == pytest.approx(80 * 32 / metrics["seconds"], rel=0.05)
+        assert final["charts/samples_per_second"] == pytest.approx(metrics["samples_per_second"], rel=0.5)
         assert scalars["losses/total"][-1][1] < 0.8 * scalars["losses/total"][0][1]
         assert final["test/accuracy"] > 0.3  # chance is 0.1
         from transformers import pipeline
@@ -484,6 +508,12 @@ def test_the_probe_looks_everywhere_in_rows_that_are_sorted_by_class(sd, n):
                 exec(line, scope)
         assert set(scope["seen"]) == set(range(5)) and 1000 <= len(scope["seen"]) <= 2000
         assert sd.knn_accuracy(torch.eye(5)[torch.from_numpy(scope["seen"])], scope["labels"]) == 1
+        scope |= {"encode_all": lambda model, seen, *_: seen, "teacher_vectors": labels, "model": 0, "tokenizer": 0}
+        scope |= {"autocast": 0, "args": SimpleNamespace(representation="cls")}
+        for line in map(str.strip, (ROOT / f"{name}.py").read_text().splitlines()):
+            if line.startswith("apart = encode_all("):  # the distance that is left, on what the probe looks at
+                exec(line, scope)
+                assert not scope["apart"].any()
 
 
 def test_validate_scores_on_a_part_of_train(run, tmp_path):
@@ -630,9 +660,9 @@ def folder_model(path, **config):
     return path
 
 
-def darker(path):
+def darker(path, key="image_mean"):
     shutil.copytree(TINY, path)
-    processor = json.loads((path / "preprocessor_config.json").read_text()) | {"image_mean": [0.9] * 3}
+    processor = json.loads((path / "preprocessor_config.json").read_text()) | {key: [0.9] * 3}
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
     return path
 
@@ -679,6 +709,8 @@ BAD = {
                         "--teacher {p}/m has another shape or mean of pixels than --model {TINY}: give one of its kind"),
     "teacher's pixels": ("self_distill_vit", lambda p: ("--teacher", darker(p / "m")),
                          "--teacher {p}/m has another shape or mean of pixels than --model {TINY}: give one of its kind"),
+    "teacher's contrast": ("self_distill_vit", lambda p: ("--teacher", darker(p / "m", "image_std")),
+                           "--teacher {p}/m has another shape or mean of pixels than --model {TINY}: give one of its kind"),
     "patch size": ("further_pretrain_vit", lambda p: ("--model", uneven(p / "m")),
                    "{p}/m: patches of 16 pixels do not divide an image of 36"),
     "no hub, model": ("further_pretrain_vit", lambda p: ("--model", "some/model"), "cannot load model some/model: * {vit}"),
