@@ -416,9 +416,11 @@ def test_the_papers_recipe_is_the_default(script, tmp_path, name, dataset, monke
     args = vars(module.resolve(module.Args(dataset=dataset, run_dir=str(tmp_path / "run"))))
     expected = COMMON | RECIPE[name, dataset]
     assert {key: args[key] for key in expected} == expected
-    if name == "finetune":  # on the embedded sets: few labels, short runs
-        args = module.resolve(module.Args(run_dir=str(tmp_path / "small")))
+    args = module.resolve(module.Args(run_dir=str(tmp_path / "small")))  # on the embedded sets: short runs
+    if name == "finetune":  # and few labels
         assert (args.flip, args.max_train_samples, args.recadam_strength, args.recadam_midpoint) == (False, 200, 500, 8)
+    length = args.epochs if "roberta" in name else args.steps
+    assert (args.learning_rate, length) == (5e-4, 3 if "roberta" in name else 200 if name == "finetune" else 100)
 
 
 def test_the_table_of_data_sets_is_the_scripts(script):
