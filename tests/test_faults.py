@@ -219,7 +219,7 @@ def test_a_signal_while_images_are_decoded_leaves_no_process_behind(zygote, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_before_finetune_has_read_its_arguments_data_is_one_line(monkeypatch, capfd):
+def test_ctrl_c_while_finetune_looks_at_the_model_is_one_line(monkeypatch, capfd):
     """It looks at the model before set_up, which sees to signals in the other scripts."""
     monkeypatch.setattr("sys.argv", ["finetune.py"])
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
